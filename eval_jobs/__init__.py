@@ -1,0 +1,1 @@
+"""Workers of the stages after training: sample, evaluate, report."""

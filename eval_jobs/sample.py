@@ -1,0 +1,133 @@
+"""The sample stage: blocks of images from a checkpoint, the same images on any number of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpc_gen import tokenizers
+from hpc_gen.config.experiment import SampleConfig
+from hpc_gen.data.table import Table
+from hpc_gen.methods.protocol import Method
+from hpc_gen.runtime import commit
+from hpc_gen.runtime.errors import UserError
+from hpc_gen.sampling import index
+from hpc_gen.sampling.generate import Decoder, generate_block
+from hpc_gen.sampling.images import write_png
+from hpc_gen.sampling.plan import SamplePlan, method_hash
+from hpc_gen.stages.build import build_method, device_of, meta_method, open_table, settings_of, table_facts
+from hpc_gen.stages.units import StageContext, Unit
+from hpc_gen.training.checkpoint import read as checkpoints
+from hpc_gen.training.checkpoint.read import CheckpointInfo
+from hpc_gen.training.precision import set_determinism
+
+
+class SampleWorker:
+    """Units are the blocks of the plan; a unit's files are its PNGs and `block.json`."""
+
+    stage = "sample"
+
+    def __init__(self, context: StageContext) -> None:
+        """Fix the plan and write it. Raises UserError, DataError or CheckpointError before any work is done."""
+        config = context.experiment.sample
+        if config is None:
+            raise UserError(f"experiment '{context.experiment.name}' has no sample section; add one to its file")
+        self._context = context
+        self._table = open_table(context.workspace, context.experiment.data.table)
+        self._checkpoint = _checkpoint(context, config)
+        self._device = _device(context.task)
+        self.folder = context.run.samples(config.tag)
+        self.plan = _plan(context, config, self._table, self._checkpoint, self._device)
+        self.plan.write(self.folder)
+        self._method: Method | None = None
+
+    def units(self) -> list[Unit]:
+        """One unit per block of the plan."""
+        return [Unit(block.name, i) for i, block in enumerate(self.plan.blocks())]
+
+    def fingerprint(self) -> str:
+        """The plan's hash: it covers the weights, the settings, the batch split and the seeds."""
+        return self.plan.hash
+
+    def do(self, unit: Unit, staging: Path, poll: Callable[[], None]) -> dict[str, Path]:
+        """Make the images of one block."""
+        set_determinism(True, self.plan.threads)
+        block = self.plan.blocks()[unit.index]
+        settings = settings_of(self._context.experiment, self.plan.settings)
+        images = generate_block(self._ready_method(), self.plan, block.ids, settings, poll, self._decoder())
+        final = index.block_folder(self.folder, block.name)
+        files: dict[str, Path] = {}
+        for image_id, image in zip(block.ids, images, strict=True):
+            name = index.image_name(image_id)
+            write_png(staging / name, image)
+            files[str(final / name)] = staging / name
+        facts = index.block_json(self.plan, index.describe_block(block, images))
+        commit.write_json(staging / index.BLOCK_NAME, facts)
+        files[str(final / index.BLOCK_NAME)] = staging / index.BLOCK_NAME
+        return files
+
+    def finish(self) -> None:
+        """Write the index over all blocks."""
+        index.write_index(self.folder, self.plan)
+
+    def _ready_method(self) -> Method:
+        """The method with the plan's weights, built when the first block needs it."""
+        if self._method is None:
+            experiment, facts = self._context.experiment, table_facts(self._table)
+            bare = meta_method(experiment, facts)
+            frozen = {role for role in bare.roles() if not bare.parameter_groups(role)}  # these have no average
+
+            def weights(role: str) -> dict[str, Tensor]:
+                ema = None if role in frozen else self.plan.ema
+                return checkpoints.load_role(self._checkpoint.path, role, ema)
+
+            self._method = build_method(experiment, facts, weights)
+            for module in self._method.roles().values():
+                module.to(self._device)
+        return self._method
+
+    def _decoder(self) -> Decoder | None:
+        name = self._table.index.tokenizer.get("name")
+        return tokenizers.build(str(name)) if name not in (None, "identity") else None
+
+
+def _checkpoint(context: StageContext, config: SampleConfig) -> CheckpointInfo:
+    if config.checkpoint == "latest":
+        return checkpoints.newest(context.run)
+    return checkpoints.at(context.run, config.checkpoint)
+
+
+def _device(task: int) -> torch.device:
+    """The GPU whose turn it is among those of this machine, else the CPU."""
+    return device_of(task % torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def _plan(
+    context: StageContext, config: SampleConfig, table: Table, checkpoint: CheckpointInfo, device: torch.device
+) -> SamplePlan:
+    return SamplePlan(
+        run_identity=context.resolved.identity,
+        checkpoint_images_seen=checkpoint.images_seen,
+        checkpoint_manifest_sha256=checkpoints.manifest_sha256(checkpoint.path),
+        ema=config.ema,
+        method_hash=method_hash(context.experiment.method),
+        seed=config.seed,
+        num_images=config.num_images,
+        block_images=config.block_images,
+        batch=config.batch,
+        threads=config.threads,
+        device=device.type,
+        classes=config.classes,
+        num_classes=table.index.num_classes,
+        settings=settings_of(context.experiment, config.settings).model_dump(mode="json"),
+        table_identity=table.identity,
+        table=table,
+    )
+
+
+def worker(context: StageContext) -> SampleWorker:
+    """The factory that the stage runner names."""
+    return SampleWorker(context)

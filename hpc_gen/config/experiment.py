@@ -1,0 +1,348 @@
+"""The experiment: one YAML file in `job_configs/`, as frozen typed models; docstrings give the unit of each key.
+
+Keys marked as operation say how and where work runs; all others change numbers and are part of the identity hash.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hpc_gen.config.base import OPERATION, EntryName, FolderName, KeyName, NonEmpty, PositiveInt, Section, Sha256
+from hpc_gen.config.errors import KeyProblem
+from hpc_gen.config.train import (
+    EmaConfig,
+    EngineConfig,
+    NonFiniteConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ValidateConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EmaConfig",
+    "EncodeConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "Experiment",
+    "ExtraStage",
+    "ExtractorConfig",
+    "NonFiniteConfig",
+    "OptimizerConfig",
+    "PreviewConfig",
+    "ReferenceConfig",
+    "ReportConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "TokenizerConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "ValidateConfig",
+]
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+BUILT_IN_STAGES = ("encode", "train", "sample", "evaluate", "report")
+"""Stages every experiment may have, in their order."""
+
+
+class DataConfig(Section):
+    """The table that training reads."""
+
+    table: NonEmpty = Field(json_schema_extra=OPERATION)
+    """Folder of the training table, relative to the workspace; what it holds is identified by its own index."""
+    validation_table: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """Folder of the held-out table; null = none."""
+    shuffle_shards: PositiveInt = 16
+    """Shards whose rows are shuffled together."""
+    prefetch: PositiveInt = Field(default=4, json_schema_extra=OPERATION)
+    """Global batches that are read and drawn ahead."""
+
+
+class TokenizerConfig(Section):
+    """The map between pixels and what is stored."""
+
+    name: Literal["identity"] = "identity"
+    """identity stores the pixels themselves."""
+
+
+class EncodeConfig(Section):
+    """The encode stage: images become the shards of `data.table`."""
+
+    source: Literal["mnist", "emoji", "cifar10", "folder"]
+    """Where images come from: a data set that `hpc-gen shards fetch` knows, or a folder with one folder per class."""
+    source_path: str | None = Field(default=None, json_schema_extra=OPERATION)
+    """Folder of the images; null = where `hpc-gen shards fetch` puts them. Required for 'folder'."""
+    image_size: PositiveInt
+    """Side of the stored square, in pixels."""
+    channels: Literal[1, 3] = 3
+    """Stored channels: 1 grey, 3 colour."""
+    shard_rows: PositiveInt = 1024
+    """Rows of one shard, the unit of this stage."""
+    classes: Annotated[list[str | int], Field(min_length=1)] | None = None
+    """Keep these classes only, by name or by number; labels keep their original ids. null = all."""
+    limit: PositiveInt | None = None
+    """Keep at most this many rows of each split; null = all."""
+    validation: bool = True
+    """Encode the held-out split too, into `data.validation_table`."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of unreadable images that is tolerated (they are counted and listed); above it the stage fails."""
+    tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
+    """Processes that share the units."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Colour behind transparent pixels, red green blue 0..255."""
+
+    @model_validator(mode="after")
+    def _folder_has_a_path(self) -> EncodeConfig:
+        if self.source == "folder" and self.source_path is None:
+            raise KeyProblem(
+                "encode.source", "'encode.source' = 'folder' needs 'encode.source_path', the folder of the images"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    """The sample stage: images 0 .. num_images - 1, each defined by its id, the seed and the settings."""
+
+    num_images: PositiveInt
+    """Images to draw."""
+    block_images: PositiveInt = 64
+    """Images of one block, the unit of this stage; a block is always computed whole."""
+    batch: PositiveInt = 64
+    """Images per batch inside a block; changes last bits, so it belongs to the identity."""
+    ema: KeyName | None = "main"
+    """Which average of the weights to use; null = the weights themselves."""
+    checkpoint: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
+    """Which checkpoint, in images seen, or 'latest'."""
+    classes: Literal["balanced", "sorted", "uniform"] = "balanced"
+    """Class of image i: balanced = i modulo classes, sorted = equal runs in order, uniform = drawn at random."""
+    seed: Seed = 0
+    """Seed of the samples, apart from that of training."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Sampler settings, typed by the method."""
+    tag: FolderName = "main"
+    """Name of this set of samples in the run folder."""
+    threads: PositiveInt = 1
+    """CPU threads per task; belongs to the identity."""
+    tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
+    """Processes that share the units."""
+
+    @model_validator(mode="after")
+    def _batch_fits_the_block(self) -> SampleConfig:
+        if self.batch > self.block_images:
+            raise KeyProblem(
+                "sample.batch",
+                f"'sample.batch' = {self.batch} is larger than 'sample.block_images' = {self.block_images}; "
+                "a batch lies inside one block",
+            )
+        return self
+
+
+class ExtractorConfig(Section):
+    """The network whose features the metrics compare."""
+
+    name: str = "inception"
+    """inception, inception-trunk (no logits) or random-conv (tests)."""
+    weights: str | None = Field(default=None, json_schema_extra=OPERATION)
+    """File of the weights; null = where `hpc-gen weights fetch` puts them."""
+    sha256: Sha256 | None = None
+    """Expected SHA-256 of that file; null = the one pinned for this extractor."""
+
+
+class ReferenceConfig(Section):
+    """The real images to compare with."""
+
+    table: NonEmpty = Field(json_schema_extra=OPERATION)
+    """Folder of a table with pixels, relative to the workspace."""
+    rows: PositiveInt | None = None
+    """Use the first rows only; null = all."""
+
+
+class EvaluateConfig(Section):
+    """The evaluate stage: features of samples and reference, then the metrics."""
+
+    metrics: Annotated[list[Literal["fid", "kid", "prc", "isc"]], Field(min_length=1)] = ["fid", "kid", "prc"]
+    """Frechet distance, kernel distance, precision and recall, inception score."""
+    extractor: ExtractorConfig = ExtractorConfig()
+    reference: ReferenceConfig
+    batch: PositiveInt = 32
+    """Images per forward pass of the extractor; changes last bits, so it belongs to the identity."""
+    block_images: PositiveInt = 256
+    """Images of one block of features, the unit of this stage."""
+    kid_subset_size: Annotated[int, Field(ge=2)] = 1000
+    """Images of one random subset of the kernel distance."""
+    tag: FolderName = "main"
+    """Which set of samples; also the name of the result, metrics/TAG.json."""
+    threads: PositiveInt = 1
+    """CPU threads per task; belongs to the identity."""
+    tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
+    """Processes that share the units."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_once(cls, metrics: list[str]) -> list[str]:
+        twice = sorted({name for name in metrics if metrics.count(name) > 1})
+        if twice:
+            raise KeyProblem("evaluate.metrics", f"'evaluate.metrics' names {', '.join(twice)} twice; name each once")
+        return metrics
+
+    @model_validator(mode="after")
+    def _subset_fits_the_reference(self) -> EvaluateConfig:
+        rows = self.reference.rows
+        if "kid" in self.metrics and rows is not None and self.kid_subset_size > rows:
+            raise KeyProblem(
+                "evaluate.kid_subset_size",
+                f"'evaluate.kid_subset_size' = {self.kid_subset_size} exceeds 'evaluate.reference.rows' = {rows}; "
+                "lower the first",
+            )
+        return self
+
+
+class ReportConfig(Section):
+    """The report stage: one self-contained HTML page."""
+
+    title: str | None = Field(default=None, json_schema_extra=OPERATION)
+    """Title of the page; null = the experiment's name."""
+
+
+class TrackingConfig(Section):
+    """wandb as a mirror of the journal."""
+
+    wandb: Literal["disabled", "offline", "online"] = Field(default="disabled", json_schema_extra=OPERATION)
+    """offline writes one offline run to be synchronised by hand; online publishes up to the last checkpoint."""
+    project: str = Field(default="hpc-gen", json_schema_extra=OPERATION)
+    """wandb project."""
+    entity: str | None = Field(default=None, json_schema_extra=OPERATION)
+    """wandb user or team; null = the account's default."""
+
+
+class ExtraStage(Section):
+    """A stage of the user's own, made of units."""
+
+    worker: EntryName
+    """'module:factory'; factory(context) returns a UnitWorker."""
+    after: list[str] = Field(default_factory=list)
+    """Stages that must be done before."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Whatever the worker reads."""
+    tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
+    """Processes that share the units."""
+
+
+class Experiment(Section):
+    """One experiment: what is encoded, trained, sampled and evaluated, and in which stages."""
+
+    name: FolderName = Field(json_schema_extra=OPERATION)
+    """Name of the run folder."""
+    seed: Seed = 0
+    """Seed of weights, order and training draws."""
+    method: dict[str, Any]
+    """`name` of a registered method (or module:ATTRIBUTE) and its own keys, typed by the method."""
+    data: DataConfig
+    encode: EncodeConfig | None = None
+    train: TrainConfig | None = None
+    sample: SampleConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    stages: list[str] | None = Field(default=None, json_schema_extra=OPERATION)
+    """Stages to run, in order; null = every configured one."""
+    extra_stages: dict[KeyName, ExtraStage] = Field(default_factory=dict)
+    """Stages of the user's own, by name."""
+
+    def configured_stages(self) -> list[str]:
+        """Every stage that has a section, in an order that honours `after` of the extra ones."""
+        order = [name for name in BUILT_IN_STAGES if getattr(self, name) is not None]
+        waiting = dict(self.extra_stages)
+        while waiting:
+            ready = [name for name, stage in waiting.items() if all(other in order for other in stage.after)]
+            if not ready:
+                name = next(iter(waiting))
+                raise KeyProblem(
+                    f"extra_stages.{name}.after",
+                    f"'extra_stages.{name}.after' = {list(waiting[name].after)} cannot be satisfied: a stage is not "
+                    f"configured or waits for this one; configured: {', '.join(order)}",
+                )
+            for name in ready:
+                place = max((order.index(other) + 1 for other in waiting.pop(name).after), default=0)
+                while place < len(order) and order[place] in self.extra_stages:
+                    place += 1  # extra stages with the same predecessor keep the order in which they were written
+                order.insert(place, name)
+        return order
+
+    def stage_order(self) -> list[str]:
+        """The stages that this experiment runs, in order."""
+        return list(self.stages) if self.stages is not None else self.configured_stages()
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_named(cls, method: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(method.get("name"), str):
+            key = "method.name" if "name" in method else "method"
+            raise KeyProblem(key, "key 'method.name' is required: the name of a method, as in 'name: energy'")
+        return method
+
+    @model_validator(mode="after")
+    def _stages_exist(self) -> Experiment:
+        clash = sorted(set(self.extra_stages) & set(BUILT_IN_STAGES))
+        if clash:
+            raise KeyProblem(
+                f"extra_stages.{clash[0]}",
+                f"'extra_stages.{clash[0]}' has the name of a built-in stage; choose another name",
+            )
+        configured = self.configured_stages()
+        for place, name in enumerate(self.stages or []):
+            if name not in configured:
+                raise KeyProblem(
+                    f"stages.{place}",
+                    f"stage '{name}' in 'stages' is not configured; configured: {', '.join(configured)}",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _tables(self) -> Experiment:
+        held_out = self.data.validation_table
+        if held_out == self.data.table:
+            raise KeyProblem(
+                "data.validation_table", "'data.validation_table' is the training table; name another folder"
+            )
+        if held_out is None and self.encode is not None and self.encode.validation:
+            raise KeyProblem(
+                "encode.validation" if "validation" in self.encode.model_fields_set else "encode",
+                "'encode.validation' is true but 'data.validation_table' names no folder; set one, or "
+                "encode.validation=false",
+            )
+        if held_out is None and self.train is not None and self.train.validate is not None:
+            raise KeyProblem("train.validate", "'train.validate' needs 'data.validation_table', the held-out rows")
+        return self
+
+    @model_validator(mode="after")
+    def _samples(self) -> Experiment:
+        sample, train, evaluate = self.sample, self.train, self.evaluate
+        if sample is not None and train is not None and sample.ema is not None and sample.ema not in train.ema:
+            known = ", ".join(train.ema) or "none"
+            raise KeyProblem(
+                "sample.ema" if "ema" in sample.model_fields_set else "sample",
+                f"'sample.ema' = '{sample.ema}' is not an average of 'train.ema' (known: {known}); name one, or null",
+            )
+        if sample is None or evaluate is None:
+            return self
+        if evaluate.tag != sample.tag:
+            raise KeyProblem(
+                "evaluate.tag" if "tag" in evaluate.model_fields_set else "sample.tag",
+                f"'evaluate.tag' = '{evaluate.tag}' is not the set of samples made here, 'sample.tag' = "
+                f"'{sample.tag}'; give both the same",
+            )
+        if "kid" in evaluate.metrics and evaluate.kid_subset_size > sample.num_images:
+            raise KeyProblem(
+                "evaluate.kid_subset_size" if "kid_subset_size" in evaluate.model_fields_set else "evaluate",
+                f"'evaluate.kid_subset_size' = {evaluate.kid_subset_size} exceeds 'sample.num_images' = "
+                f"{sample.num_images}; lower the first",
+            )
+        return self

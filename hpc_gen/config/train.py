@@ -1,0 +1,235 @@
+"""The `train` section. The clock is images: every interval is in images and a whole number of global batches."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hpc_gen.config.base import OPERATION, KeyName, PositiveInt, Section
+from hpc_gen.config.errors import KeyProblem
+
+# `validate` is the right word for the key; pydantic's deprecated class method of that name is never called here.
+warnings.filterwarnings("ignore", message='Field name "validate" in "TrainConfig"')
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class EngineConfig(Section):
+    """How parameters, gradients and optimizer state lie over ranks."""
+
+    name: Literal["ddp"] = "ddp"
+    """Engine: ddp keeps a full copy on every rank and reduces gradients in flat buckets of fixed order."""
+    bucket_mb: Annotated[float, Field(gt=0.0)] = 25.0
+    """Size of one gradient bucket, in MiB."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay; exactly one of `lr` and `blr` is given."""
+
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Learning rate per optimizer step; null = derived from `blr`."""
+    blr: Annotated[float, Field(gt=0.0)] | None = None
+    """Learning rate at a global batch of 256 images: lr = blr * global_batch / 256."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of the first and second moments."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.02
+    """Decoupled weight decay of the groups to which the method applies it."""
+    clip: Annotated[float, Field(gt=0.0)] | None = 3.0
+    """Largest norm of the gradient over all parameters; null = no clipping."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerConfig:
+        if (self.lr is None) == (self.blr is None):
+            given = "neither is" if self.lr is None else "both are"
+            raise KeyProblem(
+                "train.optimizer.lr",
+                f"exactly one of 'train.optimizer.lr' and 'train.optimizer.blr' must be given, but {given}",
+            )
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over images seen."""
+
+    kind: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or half a cosine down to `min_lr` at `total_images`."""
+    warmup_images: Annotated[int, Field(ge=0)] = 0
+    """Linear warm-up from zero, in images."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Learning rate at the end of the cosine."""
+
+
+class EmaConfig(Section):
+    """One exponential moving average of the weights."""
+
+    decay: Fraction
+    """Share of the average that is kept at each optimizer step."""
+
+
+class ValidateConfig(Section):
+    """The training loss on held-out rows, with the same draws at every validation."""
+
+    every_images: PositiveInt
+    """Interval, in images; a multiple of the global batch."""
+    num_images: PositiveInt
+    """Rows of the validation table that are used, from its start."""
+    seed_purpose: KeyName = "validate"
+    """Name of the random stream of validation, apart from those of training."""
+
+
+class PreviewConfig(Section):
+    """A small grid of samples drawn during training."""
+
+    every_images: PositiveInt
+    """Interval, in images; a multiple of the global batch."""
+    labels: Annotated[list[int], Field(min_length=1)]
+    """Class label of each image of the grid."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Sampler settings, typed by the method."""
+
+
+class NonFiniteConfig(Section):
+    """What happens when a loss or gradient is NaN or infinite: the step is skipped and counted."""
+
+    max_consecutive: PositiveInt = 8
+    """Skipped steps in a row after which training goes back to the newest checkpoint."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2
+    """Times that training goes back before it ends as diverged (exit code 75)."""
+
+
+class TrainConfig(Section):
+    """The training stage."""
+
+    total_images: PositiveInt
+    """Length of training, in images; a multiple of the global batch."""
+    global_batch: PositiveInt
+    """Images per optimizer step over all ranks."""
+    micro_batch: PositiveInt | None = None
+    """Images per forward pass of one rank; null = the rank's whole share of the global batch."""
+    coupling_group: PositiveInt = 1
+    """Consecutive samples whose loss terms depend on one another; ranks and micro-batches hold whole groups."""
+    ranks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
+    """Processes of the local runner; torchrun and srun decide for themselves."""
+    threads: PositiveInt = 1
+    """CPU threads per rank; changes the last bits of sums, so it belongs to the identity."""
+    deterministic: bool = True
+    """Only deterministic kernels, no autotuning: what "bit for bit" refers to on GPUs."""
+    engine: EngineConfig = EngineConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the networks' matrix products; masters, averages and losses are always fp32."""
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: dict[KeyName, EmaConfig] = Field(default_factory=lambda: {"main": EmaConfig(decay=0.9999)})
+    """Averages of the weights by name."""
+    log_every: PositiveInt = Field(json_schema_extra=OPERATION)
+    """Interval of the printed line and the journal row, in images; a multiple of the global batch."""
+    save_every: PositiveInt = Field(json_schema_extra=OPERATION)
+    """Interval of checkpoints, in images; a multiple of the global batch."""
+    keep_last: PositiveInt = Field(default=2, json_schema_extra=OPERATION)
+    """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = Field(default=None, json_schema_extra=OPERATION)
+    """Checkpoints at multiples of this many images are kept for good; a multiple of `save_every`."""
+    validate: ValidateConfig | None = None  # type: ignore[assignment]
+    """Validation during training; null = none."""
+    preview: PreviewConfig | None = None
+    """Preview grids during training; null = none."""
+    non_finite: NonFiniteConfig = NonFiniteConfig()
+    time_limit_s: Annotated[float, Field(gt=0.0)] | None = Field(default=None, json_schema_extra=OPERATION)
+    """Seconds an attempt may last; null = the launcher's limit, or none."""
+    save_before_limit_s: Annotated[float, Field(ge=0.0)] = Field(default=120.0, json_schema_extra=OPERATION)
+    """Seconds before the limit at which the attempt saves and stops."""
+    stop_at_images: PositiveInt | None = Field(default=None, json_schema_extra=OPERATION)
+    """End the stage early, as done, at this many images; a multiple of the global batch."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Base learning rate per optimizer step: `lr`, or blr * global_batch / 256."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        assert self.optimizer.blr is not None  # checked by OptimizerConfig
+        return self.optimizer.blr * self.global_batch / 256
+
+    @property
+    def end_images(self) -> int:
+        """Where this stage ends, in images: `stop_at_images` or `total_images`."""
+        return self.total_images if self.stop_at_images is None else self.stop_at_images
+
+    def micro_batch_for(self, world_size: int) -> int:
+        """Images per forward pass of one rank out of `world_size`."""
+        return self.micro_batch if self.micro_batch is not None else self.global_batch // world_size
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainConfig:
+        if self.global_batch % self.ranks:
+            raise KeyProblem(
+                "train.ranks",
+                f"'train.ranks' = {self.ranks} does not divide 'train.global_batch' = {self.global_batch}; "
+                "choose ranks that do",
+            )
+        share = self.global_batch // self.ranks
+        micro = self.micro_batch_for(self.ranks)
+        if share % micro:
+            raise KeyProblem(
+                "train.micro_batch",
+                f"'train.micro_batch' * 'train.ranks' = {micro} * {self.ranks} does not divide 'train.global_batch' = "
+                f"{self.global_batch}; choose a micro-batch that divides each rank's share of {share}",
+            )
+        if micro % self.coupling_group:
+            which = "'train.micro_batch'" if self.micro_batch is not None else "each rank's share of the global batch"
+            raise KeyProblem(
+                "train.coupling_group",
+                f"'train.coupling_group' = {self.coupling_group} does not divide {which} = {micro}; "
+                "choose whole groups",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _intervals(self) -> TrainConfig:
+        intervals: dict[str, int | None] = {
+            "total_images": self.total_images,
+            "stop_at_images": self.stop_at_images,
+            "log_every": self.log_every,
+            "save_every": self.save_every,
+            "validate.every_images": self.validate.every_images if self.validate else None,
+            "preview.every_images": self.preview.every_images if self.preview else None,
+        }
+        for name, images in intervals.items():
+            if images is not None and images % self.global_batch:
+                raise _not_a_multiple(name, images, "global_batch", self.global_batch)
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise _not_a_multiple("keep_every", self.keep_every, "save_every", self.save_every)
+        return self
+
+    @model_validator(mode="after")
+    def _lengths(self) -> TrainConfig:
+        for name, images in (
+            ("stop_at_images", self.stop_at_images),
+            ("schedule.warmup_images", self.schedule.warmup_images),
+        ):
+            if images is not None and images > self.total_images:
+                raise KeyProblem(
+                    f"train.{name}",
+                    f"'train.{name}' = {images} is beyond the end of training, 'train.total_images' = "
+                    f"{self.total_images}; lower it",
+                )
+        if self.time_limit_s is not None and self.time_limit_s <= self.save_before_limit_s:
+            raise KeyProblem(
+                "train.time_limit_s",
+                f"'train.time_limit_s' = {self.time_limit_s:g} leaves no time before the save at "
+                f"'train.save_before_limit_s' = {self.save_before_limit_s:g}; raise the first or lower the second",
+            )
+        return self
+
+
+def _not_a_multiple(name: str, value: int, of: str, base: int) -> KeyProblem:
+    above = (value // base + 1) * base
+    below = above - base
+    return KeyProblem(
+        f"train.{name}",
+        f"'train.{name}' = {value} is not a multiple of 'train.{of}' = {base}; use "
+        + (f"{below} or {above}" if below else f"{above}"),
+    )

@@ -1,0 +1,82 @@
+"""Images from bytes to pixels: decode, composite, centre crop, resize. Pillow only, and below 13 for byte parity.
+
+The crop and the resize are those of specs/energy.md section 7 (the ADM centre crop); golden `crop_resize` holds them
+to the byte. EXIF orientation is ignored, as the reference does.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hpc_gen.runtime.errors import DataError
+
+WHITE = (255, 255, 255)
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits: Pillow would clip them in silence
+
+
+def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
+    """Encoded bytes -> an RGB image; transparency is composited on `background` (red, green, blue of 0..255).
+
+    Raises DataError when the bytes are not an 8-bit image that Pillow can read to its end.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_rgb(image, background)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
+        raise DataError(f"not a readable image ({error}); replace the file or remove it") from error
+
+
+def to_rgb(image: Image.Image, background: Sequence[int] = WHITE) -> Image.Image:
+    """Any 8-bit image as RGB, transparency composited on `background`. Raises DataError for deeper ones."""
+    if image.mode in _DEEP_MODES:
+        raise DataError(f"image mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits first")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        red, green, blue = background
+        canvas = Image.new("RGBA", image.size, (red, green, blue, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle `size` x `size` pixels of the image scaled so that its shorter side is `size`.
+
+    Halves with a box filter while the shorter side is at least 2 * size, then scales bicubically; the crop starts at
+    floor((side - size) / 2).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """`size` x `size` pixels, bilinear with antialiasing (what torchvision's Resize does to a PIL image)."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
+    """An image as uint8 [C, H, W] with 1 (luma) or 3 (RGB) channels."""
+    array = np.array(image.convert("RGB" if channels == 3 else "L"))
+    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 -1..1, in the reference's two steps: /255, then (x - 0.5) / 0.5."""
+    return (pixels.to(torch.float32) / 255.0 - 0.5) / 0.5
+
+
+def to_tensor_normalized(image: Image.Image) -> Tensor:
+    """An RGB image as float32 [3, H, W] in -1..1."""
+    return normalize(to_pixels(image))

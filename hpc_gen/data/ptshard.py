@@ -1,0 +1,117 @@
+"""`ptshard`: one shard = one `.pt` file, a plain dict of column tensors [N, ...], read through mmap.
+
+Pixels: {'pixels': uint8 (N, C, H, W), 'labels': int64 (N,)}. Latents (the layout of specs/energy.md section 7):
+{'moments': float16 (N, 32, h, h), 'moments_flip': the same, 'labels': int64 (N,)}. Nothing is unpickled but tensors:
+files are loaded with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from hpc_gen.data.index import ColumnInfo
+from hpc_gen.runtime import commit
+from hpc_gen.runtime.errors import DataError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float16` -> `float16`: how dtypes are written in index.json."""
+    return str(dtype).removeprefix("torch.")
+
+
+def columns_of(columns: Mapping[str, Tensor]) -> dict[str, ColumnInfo]:
+    """Dtype and row shape of every column."""
+    return {name: ColumnInfo(dtype_name(t.dtype), tuple(t.shape[1:])) for name, t in columns.items()}
+
+
+def num_rows(columns: Mapping[str, Tensor], where: str) -> int:
+    """Rows of a shard; raises DataError when the columns disagree or there are none. `where` names it in errors."""
+    counts = {name: (t.shape[0] if t.ndim else 0) for name, t in columns.items()}
+    if not counts or min(counts.values()) < 1 or len(set(counts.values())) != 1:
+        raise DataError(f"{where}: columns must have one and the same number of rows, at least 1, got {counts}")
+    return next(iter(counts.values()))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor [N, ...] of any dtype as its bytes, uint8 [N, bytes per row], without a copy."""
+    return tensor.reshape(tensor.shape[0], -1).view(torch.uint8)
+
+
+def content_sha256(columns: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the columns (name, dtype, shape, bytes) in the order of their names, whatever file holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        tensor = columns[name].contiguous()
+        digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        digest.update(as_bytes(tensor).numpy())
+    return digest.hexdigest()
+
+
+def write_shard(target: IO[bytes] | Path, columns: Mapping[str, Tensor]) -> None:
+    """Write columns (each [N, ...], same N) to a binary stream or, committed, to a path.
+
+    The bytes depend on the columns alone: they go through a stream, so the archive inside carries no file name.
+    Raises DataError when the columns disagree about N.
+    """
+    num_rows(columns, "a shard to be written")
+    # A fresh contiguous copy: torch.save would otherwise store the whole storage behind a view.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in columns.items()}
+    if isinstance(target, str | Path):
+        buffer = io.BytesIO()
+        torch.save(plain, buffer)
+        commit.write_bytes(Path(target), buffer.getvalue())
+    else:
+        torch.save(plain, target)
+
+
+def open_shard(
+    path: Path,
+    columns: Mapping[str, ColumnInfo] | None = None,
+    rows: int | None = None,
+    num_bytes: int | None = None,
+) -> dict[str, Tensor]:
+    """Map a shard into memory: {column: Tensor [N, ...]}, nothing read until it is touched.
+
+    Checked against `columns`, `rows` and `num_bytes` of the index where given. Raises DataError naming the shard, and
+    the column where one is at fault: missing or truncated file, missing column, wrong dtype, shape or row count.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or encode the table again") from error
+    if num_bytes is not None and size != num_bytes:
+        raise DataError(f"shard {path} has {size} bytes, the index says {num_bytes}; restore it or encode the table again")
+    try:
+        shard: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"shard {path} cannot be read ({reason}); restore it or encode the table again") from error
+    if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
+        raise DataError(f"shard {path} is not a dict of tensors; encode the table again")
+    for name, expected in (columns or {}).items():
+        if name not in shard:
+            raise DataError(f"shard {path} has no column {name!r} (it has {sorted(shard)}); encode the table again")
+        _check_column(path, name, shard[name], expected)
+    found = num_rows(shard, f"shard {path}")
+    if rows is not None and found != rows:
+        raise DataError(f"shard {path} has {found} rows, the index says {rows}; restore it or encode the table again")
+    return shard
+
+
+def _check_column(path: Path, name: str, tensor: Tensor, expected: ColumnInfo) -> None:
+    found = ColumnInfo(dtype_name(tensor.dtype), tuple(tensor.shape[1:]))
+    if found != expected:
+        raise DataError(
+            f"shard {path}, column {name!r}: rows are {found.dtype} {list(found.shape)}, the index says "
+            f"{expected.dtype} {list(expected.shape)}; restore it or encode the table again"
+        )
+    if not tensor.is_contiguous():
+        raise DataError(f"shard {path}, column {name!r} is not contiguous; encode the table again")

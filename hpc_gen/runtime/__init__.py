@@ -1,0 +1,3 @@
+"""The only doors to the outside: environment, time, process groups, signals, files, randomness, journal,
+tracking.
+"""

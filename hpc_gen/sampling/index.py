@@ -1,0 +1,163 @@
+"""A finished set of samples on disk: `plan.json`, `units/BLOCK/{ID.png, block.json}`, and `index.json` written last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_gen.runtime import commit
+from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.sampling.images import pixel_sha256, read_png
+from hpc_gen.sampling.plan import Block, SamplePlan, read_plan
+
+FORMAT = "hpc-gen-samples-1"
+INDEX_NAME = "index.json"
+BLOCK_NAME = "block.json"
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What a block holds: consecutive image ids from `first_id`, their shape [3, H, W] and the hash of their pixels."""
+
+    name: str
+    first_id: int
+    count: int
+    image_shape: tuple[int, ...]
+    pixel_sha256: str
+
+
+def block_folder(folder: Path, name: str) -> Path:
+    """Where the images of a block lie below samples/TAG."""
+    return folder / "units" / name
+
+
+def image_name(image_id: int) -> str:
+    """File name of an image."""
+    return f"{image_id:06d}.png"
+
+
+def describe_block(block: Block, images: Tensor) -> BlockFacts:
+    """Facts of a block from its images uint8 [N, 3, H, W]."""
+    assert len(images) == len(block.ids), f"block {block.name} has {len(block.ids)} images, not {len(images)}"
+    return BlockFacts(block.name, block.ids.start, len(images), tuple(images.shape[1:]), pixel_sha256(images))
+
+
+def block_json(plan: SamplePlan, facts: BlockFacts) -> dict[str, Any]:
+    """The JSON object of `block.json`: the facts, the plan they belong to, and the labels."""
+    ids = torch.arange(facts.first_id, facts.first_id + facts.count)
+    return {"plan_hash": plan.hash, **asdict(facts), "labels": plan.labels(ids).tolist()}
+
+
+def _facts(document: Mapping[str, Any]) -> BlockFacts:
+    shape = tuple(int(size) for size in document["image_shape"])
+    first_id, count = int(document["first_id"]), int(document["count"])
+    return BlockFacts(str(document["name"]), first_id, count, shape, str(document["pixel_sha256"]))
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """All blocks of a finished set of samples, in order, with the plan that defines them."""
+
+    folder: Path
+    plan: SamplePlan
+    blocks: tuple[BlockFacts, ...]
+    sha256: str  # of index.json: names this very set of images
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape [3, H, W] of every image."""
+        return self.blocks[0].image_shape
+
+    @property
+    def num_images(self) -> int:
+        """Images in all blocks."""
+        return sum(block.count for block in self.blocks)
+
+    def path(self, image_id: int) -> Path:
+        """The file of one image."""
+        name = self.blocks[image_id // self.plan.block_images].name
+        return block_folder(self.folder, name) / image_name(image_id)
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Images uint8 [N, 3, H, W] of consecutive ids, each block checked against its hash.
+
+        Raises DataError for a file that is missing, truncated or not the one that was sampled.
+        """
+        parts = []
+        for block in self.blocks:
+            wanted = range(max(block.first_id, ids[0]), min(block.first_id + block.count, ids[-1] + 1))
+            if len(wanted):
+                images = read_block(self.folder, block)
+                parts.append(images[wanted.start - block.first_id : wanted.stop - block.first_id])
+        return torch.cat(parts)
+
+
+def read_block(folder: Path, block: BlockFacts) -> Tensor:
+    """All images uint8 [N, 3, H, W] of a block. Raises DataError when they are not those that were sampled."""
+    here = block_folder(folder, block.name)
+    images = [read_png(here / image_name(i)) for i in range(block.first_id, block.first_id + block.count)]
+    wrong = [image for image in images if tuple(image.shape) != block.image_shape]
+    if wrong or pixel_sha256(torch.stack(images)) != block.pixel_sha256:
+        raise DataError(f"{here} does not hold the images that were sampled; remove it and run the sample stage again")
+    return torch.stack(images)
+
+
+def write_index(folder: Path, plan: SamplePlan) -> None:
+    """Write `index.json` from the blocks' own files; call it when all blocks are committed.
+
+    Raises DataError when a block is missing, belongs to another plan or has images of another size.
+    """
+    found: list[BlockFacts] = []
+    for block in plan.blocks():
+        path = block_folder(folder, block.name) / BLOCK_NAME
+        try:
+            document = json.loads(path.read_text())
+            facts = _facts(document)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({error}); run the sample stage again") from error
+        if document["plan_hash"] != plan.hash or (facts.first_id, facts.count) != (block.ids.start, len(block.ids)):
+            raise DataError(f"{path} belongs to another plan; remove {folder} and sample again")
+        if found and facts.image_shape != found[0].image_shape:
+            raise DataError(
+                f"{path} has images {facts.image_shape}, the first block {found[0].image_shape}; sample again"
+            )
+        found.append(facts)
+    document = {
+        "format": FORMAT,
+        "plan_hash": plan.hash,
+        "num_images": plan.num_images,
+        "image_shape": list(found[0].image_shape),
+        "blocks": [asdict(facts) for facts in found],
+    }
+    commit.write_json(folder / INDEX_NAME, document)
+
+
+def read_index(folder: Path) -> SampleIndex:
+    """The finished set of samples in `folder`. Raises UserError when unfinished, DataError when damaged."""
+    path = folder / INDEX_NAME
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no finished samples (no {INDEX_NAME}); run the sample stage to its end"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a sample index ({error}); run the sample stage again") from error
+    plan = read_plan(folder)
+    try:
+        if document["format"] != FORMAT or document["plan_hash"] != plan.hash:
+            raise ValueError("it belongs to another plan or format")
+        blocks = tuple(_facts(block) for block in document["blocks"])
+        if [(b.name, b.first_id, b.count) for b in blocks] != [
+            (b.name, b.ids.start, len(b.ids)) for b in plan.blocks()
+        ]:
+            raise ValueError("its blocks are not those of the plan")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a sample index ({error}); remove {folder} and sample again") from error
+    return SampleIndex(folder, plan, blocks, commit.sha256_file(path))

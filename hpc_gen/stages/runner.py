@@ -1,0 +1,213 @@
+"""The local runner: stages of a run in order, each in processes of its own, as a cluster would start them.
+
+`run_stage` is what such a process does; srun and torchrun call the same through `hpc-gen stage RUN NAME`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_gen.config.loader import Resolved
+from hpc_gen.runtime import clock, commit, env, launch
+from hpc_gen.runtime.errors import ExitCode, StopRequested, UserError, nearest
+from hpc_gen.runtime.fence import claim_attempt
+from hpc_gen.runtime.journal import Journal
+from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.runtime.stop import StopToken
+from hpc_gen.stages.run_setup import load_run, prepare_run
+from hpc_gen.stages.units import Ledger, StageContext, Unit, UnitWorker
+
+Printer = Callable[[str], None]
+
+WORKERS = {
+    "encode": "shard_tools.encode:worker",
+    "sample": "eval_jobs.sample:worker",
+    "evaluate": "eval_jobs.evaluate:worker",
+    "report": "eval_jobs.report:worker",
+}
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Processes of one stage on this machine."""
+
+    processes: int
+    threads: int
+
+
+def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -> int:
+    """Run the named stages (None: all of the experiment) one after the other; returns the first code that is not 0."""
+    resolved = load_run(run)
+    chosen = list(stages) if stages else resolved.experiment.stage_order()
+    for name in chosen:
+        _check_stage(resolved, name)
+    for number, name in enumerate(chosen, 1):
+        printer(f"[{number}/{len(chosen)}] {run.name}: {name}")
+        code = launch_stage(run, resolved, name)
+        if code != ExitCode.DONE:
+            printer(_explain(run, name, code))
+            return code
+    return ExitCode.DONE
+
+
+def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
+    """Start the processes of one stage and wait for them; returns the stage's exit code."""
+    width = _width(resolved, name)
+    argv = [sys.executable, "-P", "-m", "hpc_gen.cli", "stage", str(run.path), name]
+    path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
+    extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(env.workspace())}
+    if name == "train":
+        return launch.run_ranks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads)
+    extra["HPC_GEN_ATTEMPT"] = str(claim_attempt(run, name))
+    return launch.run_tasks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads)
+
+
+def plan(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = None) -> list[str]:
+    """What `run` would do, a line each, for --dry-run; changes nothing."""
+    lines = [f"run folder  {run.path}{'' if run.exists() else ' (new)'}", f"identity    {resolved.identity}"]
+    for name in stages or resolved.experiment.stage_order():
+        _check_stage(resolved, name)
+        width = _width(resolved, name)
+        kind = "ranks" if name == "train" else "tasks"
+        lines.append(f"stage       {name}: {width.processes} {kind}, {width.threads} threads each")
+    return lines
+
+
+def run_stage(run: RunFolder, name: str) -> int:
+    """The body of one process of a stage: returns its exit code. Raises HpcGenError."""
+    stop = StopToken(run)
+    stop.install()  # before the heavy imports: a signal during start-up is honoured
+    resolved = load_run(run)
+    _check_stage(resolved, name)
+    if name == "train":
+        from hpc_gen.stages.train import run_train
+
+        if resolved.experiment.train is not None and resolved.experiment.train.time_limit_s is not None:
+            limit = resolved.experiment.train.time_limit_s - resolved.experiment.train.save_before_limit_s
+            stop.deadline = clock.process_start() + limit
+        return int(run_train(run, resolved, env.workspace(), stop))
+    return int(_run_units(run, resolved, name, stop))
+
+
+def _check_stage(resolved: Resolved, name: str) -> None:
+    configured = resolved.experiment.configured_stages()
+    if name not in configured:
+        raise UserError(
+            f"experiment '{resolved.experiment.name}' has no stage '{name}'{nearest(name, configured)}; "
+            f"it has: {', '.join(configured)}"
+        )
+
+
+def _width(resolved: Resolved, name: str) -> _Width:
+    experiment = resolved.experiment
+    if name == "train":
+        assert experiment.train is not None
+        return _Width(experiment.train.ranks, experiment.train.threads)
+    section = experiment.extra_stages.get(name) or getattr(experiment, name)
+    return _Width(getattr(section, "tasks", 1), getattr(section, "threads", 1))
+
+
+def _explain(run: RunFolder, name: str, code: int) -> str:
+    if code == ExitCode.REQUEUE:
+        return f"{name} was preempted and has saved its state; `hpc-gen resume {run.name}` goes on"
+    if code == ExitCode.STOPPED:
+        return f"{name} was stopped and has saved its state; `hpc-gen resume {run.name}` goes on"
+    return f"{name} ended with code {code}; see the message above and {run.logs}"
+
+
+def make_worker(context: StageContext) -> UnitWorker:
+    """The worker of a stage, imported by its entry string. Raises UserError when it cannot be imported."""
+    extra = context.experiment.extra_stages.get(context.stage)
+    target = extra.worker if extra is not None else WORKERS[context.stage]
+    module_name, _, attribute = target.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the worker '{target}' of stage '{context.stage}' cannot be imported: {error}") from error
+    worker: UnitWorker = factory(context)
+    return worker
+
+
+def _run_units(run: RunFolder, resolved: Resolved, name: str, stop: StopToken) -> ExitCode:
+    """One task of a stage of units: its share of the missing ones, then the end of the stage if all are there."""
+    task, num_tasks = int(env.get("HPC_GEN_TASK") or 0), int(env.get("HPC_GEN_NUM_TASKS") or 1)
+    given = env.get("HPC_GEN_ATTEMPT")
+    attempt = int(given) if given else claim_attempt(run, name)
+    journal = Journal(run, attempt, name, task)
+    context = StageContext(run, resolved, name, env.workspace(), task, num_tasks, journal)
+    journal.event("attempt_start", world_size=num_tasks, rank=task, process_start=clock.process_start())
+    code, cause = ExitCode.BUG, "error"
+    try:
+        worker = make_worker(context)
+        _do_units(run, context, worker, stop)
+        code, cause = ExitCode.DONE, "done"
+    except StopRequested as error:
+        code, cause = ExitCode(error.exit_code), str(error)
+        print(f"{name}: stopped between two units ({error.stop.detail}); what is committed stays", flush=True)
+    finally:
+        journal.event("attempt_end", exit_code=int(code), cause=cause)
+        journal.close()
+    return code
+
+
+def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: StopToken) -> None:
+    units, fingerprint = worker.units(), worker.fingerprint()
+    ledger = Ledger(run.ledger(context.stage), run.path)
+    missing = {unit.name for unit in ledger.missing(units, fingerprint)}
+    # the share is cut from all units, not from the missing ones: tasks that start at different times agree on it
+    share = [unit for unit in units[context.task :: context.num_tasks] if unit.name in missing]
+    if not missing:
+        print(f"{context.stage}: all {len(units)} units are committed already", flush=True)
+    elif len(units) > len(missing):
+        print(f"{context.stage}: {len(units) - len(missing)} of {len(units)} units are committed already", flush=True)
+
+    def poll() -> None:
+        found = stop.poll()
+        if found is not None:
+            raise StopRequested(found)
+
+    progress = Progress(len(share), context.stage, "units")
+    for number, unit in enumerate(share, 1):
+        poll()
+        _do_unit(run, context, worker, ledger, unit, fingerprint, poll)
+        progress.update(number)
+    progress.close()
+    if all(ledger.is_committed(unit.name, fingerprint) for unit in units):
+        worker.finish()
+
+
+def _do_unit(
+    run: RunFolder,
+    context: StageContext,
+    worker: UnitWorker,
+    ledger: Ledger,
+    unit: Unit,
+    fingerprint: str,
+    poll: Callable[[], None],
+) -> None:
+    assert context.journal is not None
+    begun = clock.monotonic()
+    context.journal.event("unit_begin", unit=unit.name)
+    staging = commit.staging_path(run.path / "staging" / f"{context.stage}-{unit.name}")
+    commit.make_folder(staging)
+    try:
+        files = worker.do(unit, staging, poll)
+        size = ledger.commit(unit, files, fingerprint)
+    finally:
+        commit.remove_tree(staging)
+    seconds = clock.monotonic() - begun
+    context.journal.event("unit_committed", unit=unit.name, seconds=seconds, bytes=size)
+
+
+__all__ = ["launch_stage", "load_run", "make_worker", "plan", "prepare_run", "run_stage", "run_stages"]
+
+
+def runs_folder(workspace: Path) -> Path:
+    """Where runs of a workspace lie."""
+    return workspace / "runs"

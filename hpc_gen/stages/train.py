@@ -1,0 +1,319 @@
+"""The train stage: puts a training together from a run folder, runs it, and says how it ended.
+
+The same body under torchrun, srun and plain python. Everything that may be refused is refused before the attempt is
+claimed or the table is read.
+"""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_gen.config.experiment import TrainConfig
+from hpc_gen.config.loader import Resolved
+from hpc_gen.data.feed import Feed, FeedPlan
+from hpc_gen.data.order import BlockShuffle
+from hpc_gen.data.table import Table
+from hpc_gen.methods.materialise import materialise
+from hpc_gen.runtime import clock, commit, env
+from hpc_gen.runtime.errors import CheckpointError, ExitCode, HpcGenError, UserError
+from hpc_gen.runtime.fence import Fence, claim_attempt
+from hpc_gen.runtime.journal import Journal
+from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.ranks import Ranks
+from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.runtime.stop import Stop, StopToken
+from hpc_gen.runtime.tracking import WandbMirror
+from hpc_gen.sampling.preview import preview
+from hpc_gen.stages.build import check_columns, meta_method, open_table, settings_of, table_facts
+from hpc_gen.training import loop
+from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
+from hpc_gen.training.ema import EmaSet
+from hpc_gen.training.engines.ddp import DdpEngine
+from hpc_gen.training.precision import set_determinism
+from hpc_gen.training.validation import validate
+
+TRAINING_SECTIONS = ("seed", "method", "data", "train")  # what a checkpoint's numbers depend on
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the train stage, the same on every rank."""
+
+    number: int
+    fence: Fence
+    journal: Journal
+
+
+def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopToken) -> ExitCode:
+    """Train `run` to its end or to a stop; returns the exit code of this rank, the same on all of them.
+
+    `stop` has its signal handlers installed already, so a signal during start-up is honoured. Raises HpcGenError.
+    """
+    config = _train_config(resolved)
+    ranks = Ranks.start()
+    try:
+        attempt = _claim(run, ranks)
+        if ranks.is_main:
+            stop.clear_files()  # a PREEMPT that ended the attempt before has had its effect
+        try:
+            return _attempt(run, resolved, config, workspace, stop, ranks, attempt)
+        finally:
+            attempt.journal.close()
+    finally:
+        ranks.stop()
+
+
+def _train_config(resolved: Resolved) -> TrainConfig:
+    if resolved.experiment.train is None:
+        raise UserError(f"experiment '{resolved.experiment.name}' has no 'train' section; add one")
+    return resolved.experiment.train
+
+
+def _claim(run: RunFolder, ranks: Ranks) -> Attempt:
+    """Rank 0 takes the fence; every rank learns the attempt's number and token, or why there is none."""
+    message: dict[str, Any] = {}
+    if ranks.is_main:
+        try:
+            given = env.get("HPC_GEN_ATTEMPT")
+            number = int(given) if given else claim_attempt(run, "train")
+            message = {"number": number, "token": Fence.take(run, number).token}
+        except HpcGenError as error:
+            message = {"error": error}
+    message = ranks.broadcast_object(message)
+    if "error" in message:
+        raise message["error"]
+    number = message["number"]
+    return Attempt(number, Fence(run, number, message["token"]), Journal(run, number, "train", ranks.rank))
+
+
+def _attempt(
+    run: RunFolder,
+    resolved: Resolved,
+    config: TrainConfig,
+    workspace: Path,
+    stop: StopToken,
+    ranks: Ranks,
+    attempt: Attempt,
+) -> ExitCode:
+    """Body of one attempt: everything between taking the fence and giving it back is in the journal."""
+    ended, code, cause, seen = None, ExitCode.BUG, "error", -1
+    job: loop.TrainJob | None = None
+    try:
+        job = _prepare(run, resolved, config, workspace, stop, ranks, attempt)
+        ended = loop.train(job)
+        code = ExitCode.DONE if ended is None else ExitCode(ended.exit_code)
+        cause = "done" if ended is None else ended.detail
+    except HpcGenError as error:
+        code, cause = error.exit_code, str(error)
+        raise
+    finally:
+        seen = job.state.images_seen if job is not None else -1
+        attempt.journal.event("attempt_end", exit_code=int(code), cause=cause, images_seen=seen)
+        if ranks.is_main:
+            _write_cause(run, attempt.number, ended, code, cause, seen)
+            attempt.fence.release(cause)
+    _tell(job, ended)
+    return code
+
+
+def _write_cause(run: RunFolder, number: int, stop: Stop | None, code: ExitCode, cause: str, seen: int) -> None:
+    """The cause file: what the batch body and `status` decide by."""
+    content = {"exit_code": int(code), "cause": cause, "images_seen": seen, "stop": stop.cause.name if stop else None}
+    commit.write_json(run.journal / f"{number:04d}.cause.json", {**content, "stage": "train", "time": clock.now()})
+
+
+def _tell(job: loop.TrainJob, ended: Stop | None) -> None:
+    seen = job.state.images_seen
+    if ended is None:
+        job.say(f"train: done at {seen} images")
+    else:
+        job.say(f"train: stopped at {seen} images ({ended.detail}); the state is saved, `hpc-gen resume` goes on")
+
+
+def _prepare(
+    run: RunFolder,
+    resolved: Resolved,
+    config: TrainConfig,
+    workspace: Path,
+    stop: StopToken,
+    ranks: Ranks,
+    attempt: Attempt,
+) -> loop.TrainJob:
+    """Table, method, engine, chain and feed of one attempt, restored to the newest whole checkpoint."""
+    experiment = resolved.experiment
+    set_determinism(config.deterministic, config.threads)
+    table = open_table(workspace, experiment.data.table)
+    method = meta_method(experiment, table_facts(table))
+    check_columns(method, table)
+    modules = materialise(method, experiment.seed)
+    engine = DdpEngine(method, modules, config, ranks, ranks.device)
+    ema = EmaSet({role: modules[role] for role in engine.trained_roles()}, {n: e.decay for n, e in config.ema.items()})
+    progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
+    say = progress.say if ranks.is_main else (lambda line: None)
+    chain = CheckpointChain(
+        run, ranks, attempt.fence, attempt.journal, Retention(config.keep_last, config.keep_every), say
+    )
+    chain.sweep()
+    plan = FeedPlan(
+        seed=experiment.seed,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch_for(ranks.world_size),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        columns=tuple(method.columns()),
+        coupling_group=config.coupling_group,
+        prefetch=experiment.data.prefetch,
+    )
+    order = BlockShuffle(table.shard_rows, experiment.seed, experiment.data.shuffle_shards)
+
+    def turn_draws(images_seen: int) -> list[tuple[str, Mapping[str, Any]]]:
+        turns = method.turns(images_seen // config.global_batch, images_seen)
+        return [(turn.purpose, method.draws(turn)) for turn in turns]
+
+    def open_feed(start_images: int, draw_counter: int) -> Feed:
+        return Feed(table, order, plan, turn_draws, start_images, draw_counter, config.end_images)
+
+    facts = {
+        "identity": resolved.identity_of(*TRAINING_SECTIONS),
+        "table": table.identity,
+        "method": str(experiment.method["name"]),
+        "engine": engine.name,
+        "threads": config.threads,
+        "torch": str(torch.__version__),
+    }
+    mirror = WandbMirror(run, experiment.tracking) if ranks.is_main else None
+    job = loop.TrainJob(
+        method=method,
+        engine=engine,
+        ema=ema,
+        chain=chain,
+        config=config,
+        ranks=ranks,
+        stop=stop,
+        journal=attempt.journal,
+        progress=progress,
+        open_feed=open_feed,
+        facts=facts,
+        say=say,
+        published=(lambda seen: mirror.publish(seen, final=seen >= config.end_images)) if mirror else (lambda seen: None),
+    )
+    job.periodic = _periodic(run, resolved, config, workspace, job, plan, table)
+    loaded = chain.load_newest()
+    _check_identity(loaded, facts)
+    loop.restore(job, loaded)
+    _begin(run, job, attempt, resolved, loaded)
+    return job
+
+
+def _check_identity(loaded: Loaded | None, facts: Mapping[str, Any]) -> None:
+    """A checkpoint of another experiment or table is refused, not discovered as a bad FID."""
+    if loaded is None:
+        return
+    for key, what in (("identity", "seed, method, data or train section"), ("table", "training table")):
+        if loaded.facts.get(key) != facts[key]:
+            raise CheckpointError(
+                f"{loaded.path} was written with another {what} ({key} {str(loaded.facts.get(key))[:12]}, now "
+                f"{facts[key][:12]}); start a new run with another name"
+            )
+
+
+def _begin(run: RunFolder, job: loop.TrainJob, attempt: Attempt, resolved: Resolved, loaded: Loaded | None) -> None:
+    resumed_from = loaded.images_seen if loaded is not None else None
+    attempt.journal.event(
+        "attempt_start",
+        world_size=job.ranks.world_size,
+        rank=job.ranks.rank,
+        host=platform.node(),
+        process_start=clock.process_start(),
+        resumed_from=resumed_from,
+        identity=resolved.identity,
+    )
+    if resumed_from is None:
+        job.say(f"train {run.name}: from the start, {job.ranks.world_size} ranks, attempt {attempt.number}")
+    else:
+        job.say(f"train {run.name}: from {resumed_from} images, {job.ranks.world_size} ranks, attempt {attempt.number}")
+
+
+def _periodic(
+    run: RunFolder,
+    resolved: Resolved,
+    config: TrainConfig,
+    workspace: Path,
+    job: loop.TrainJob,
+    plan: FeedPlan,
+    table: Table,
+) -> list[loop.Periodic]:
+    """Validation and previews as callables, so that the loop need not know what they are."""
+    experiment = resolved.experiment
+    found: list[loop.Periodic] = []
+    averages = next(iter(config.ema), None)
+
+    def poll() -> None:
+        """Collectives follow, so a rank must not leave alone: the loop agrees on stops between steps."""
+
+    if config.validate is not None and experiment.data.validation_table is not None:
+        held_out: Table = open_table(workspace, experiment.data.validation_table)
+        check_columns(job.method, held_out)
+        chosen = config.validate
+
+        def run_validation(images_seen: int) -> Mapping[str, float]:
+            with job.ema.applied(averages):
+                means = validate(
+                    job.method,
+                    job.engine,
+                    held_out,
+                    chosen,
+                    seed=experiment.seed,
+                    micro_batch=plan.micro_batch,
+                    coupling_group=config.coupling_group,
+                    ranks=job.ranks,
+                    poll=poll,
+                )
+            job.journal.event("validate", images_seen=images_seen, **means)
+            return {f"validation/{name}": value for name, value in means.items()}
+
+        found.append(loop.Periodic("validate", chosen.every_images, run_validation))
+    if config.preview is not None:
+        found.append(_preview(run, resolved, config, job, averages, poll, table))
+    return found
+
+
+def _preview(
+    run: RunFolder,
+    resolved: Resolved,
+    config: TrainConfig,
+    job: loop.TrainJob,
+    averages: str | None,
+    poll: Callable[[], None],
+    table: Table,
+) -> loop.Periodic:
+    assert config.preview is not None
+    chosen, settings = config.preview, settings_of(resolved.experiment, config.preview.settings)
+
+    def run_preview(images_seen: int) -> Mapping[str, float]:
+        with job.ema.applied(averages):
+            seed = resolved.experiment.seed
+            grid = preview(job.method, chosen.labels, seed, settings, job.ranks, poll, table=table)
+        if grid is not None:
+            path = run.previews / f"{images_seen:012d}.png"
+            stream = io.BytesIO()
+            grid.save(stream, format="PNG")
+            commit.write_bytes(path, stream.getvalue(), job.chain.fence)
+            job.journal.event("preview", images_seen=images_seen, file=path.relative_to(run.path).as_posix())
+        return {}
+
+    return loop.Periodic("preview", chosen.every_images, run_preview)
+
+
+class _Silent(Progress):
+    """Progress of the ranks that nobody watches."""
+
+    def update(self, done: float, **fields: Any) -> None:
+        """Nothing: rank 0 reports."""

@@ -1,0 +1,1 @@
+"""Engines: how parameters, gradients and optimizer state lie over ranks."""

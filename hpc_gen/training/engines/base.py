@@ -1,0 +1,56 @@
+"""What the loop knows of an engine: it wraps the objective, and alone owns backward, reduction, clipping and step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from hpc_gen.methods.protocol import Turn
+
+MicroBatch = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # (shard columns, draws of the turn)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One turn over the global batch: `losses` per term and `total` (global means), gradient norm before clipping.
+
+    `finite` False: some loss or gradient was NaN or infinite, and no weight has changed.
+    """
+
+    losses: dict[str, float]
+    total: float
+    grad_norm: float
+    finite: bool
+
+
+class Engine(Protocol):
+    """How parameters, gradients and optimizer state lie over ranks."""
+
+    name: str
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The roles, materialised and placed."""
+        ...
+
+    def trained_roles(self) -> list[str]:
+        """Roles that have an optimizer."""
+        ...
+
+    def step(self, turn: Turn, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, reduction, clipping and one optimizer step."""
+        ...
+
+    def evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Global mean of each loss term, and their weighted total `loss`, without gradients; no weight changes."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """`model/ROLE/...` and `optim/ROLE/...`: live tensors, the same keys on every rank."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state as `state()` gave it. Raises CheckpointError where keys or shapes do not fit."""
+        ...

@@ -1,0 +1,276 @@
+"""The training loop: read top to bottom, in the order in which things happen. It knows a method by its protocol only.
+
+The clock is `images_seen`. A run that was killed and resumed passes through the same states as one that was not:
+weights, optimizer, averages and `TrainState` come from the checkpoint, everything else is a function of the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_gen.config.experiment import TrainConfig
+from hpc_gen.data.feed import Feed
+from hpc_gen.methods.protocol import Method
+from hpc_gen.runtime import clock
+from hpc_gen.runtime.errors import CheckpointError, FencedError, HpcGenError
+from hpc_gen.runtime.journal import Journal
+from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.ranks import Ranks
+from hpc_gen.runtime.stop import Stop, StopToken
+from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded
+from hpc_gen.training.ema import EmaSet
+from hpc_gen.training.engines.base import Engine, StepResult
+from hpc_gen.training.guard import NonFiniteGuard, Verdict
+from hpc_gen.training.schedules import learning_rate
+from hpc_gen.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """Something done every `every_images`, between steps: validation, previews. It returns values for the row."""
+
+    name: str
+    every_images: int
+    action: Callable[[int], Mapping[str, float]]
+
+
+@dataclass
+class TrainJob:
+    """Everything the loop needs, put together by the train stage.
+
+    `open_feed(start_images, draw_counter)` starts the feed; `facts` go into every manifest; `published(images)` is
+    told what is committed (the wandb mirror); `say` prints a line on rank 0.
+    """
+
+    method: Method
+    engine: Engine
+    ema: EmaSet
+    chain: CheckpointChain
+    config: TrainConfig
+    ranks: Ranks
+    stop: StopToken
+    journal: Journal
+    progress: Progress
+    open_feed: Callable[[int, int], Feed]
+    facts: Mapping[str, Any]
+    say: Callable[[str], None]
+    periodic: Sequence[Periodic] = ()
+    published: Callable[[int], None] = lambda images: None
+    state: TrainState = field(default_factory=TrainState)
+
+
+@dataclass
+class Timing:
+    """Seconds of the open log interval, for the goodput receipt."""
+
+    begun: float = field(default_factory=clock.monotonic)
+    images: int = 0
+    data_wait: float = 0.0
+    save_stall: float = 0.0
+    other: float = 0.0
+
+
+def restore(job: TrainJob, loaded: Loaded | None) -> None:
+    """Bring engine, averages and state to a checkpoint; None leaves the initial values. Raises CheckpointError."""
+    if loaded is None:
+        return
+    job.engine.load(loaded.tensors)
+    with torch.no_grad():
+        for role in job.ema.averages:
+            for name, tensor in job.ema.tensors(role).items():
+                key = f"ema/{role}/{name}"
+                if key not in loaded.tensors or loaded.tensors[key].shape != tensor.shape:
+                    raise CheckpointError(f"{loaded.path} has no '{key}' of the right shape; was train.ema changed?")
+                tensor.copy_(loaded.tensors[key])
+    job.state = TrainState.from_tensors(loaded.tensors)
+    assert job.state.images_seen == loaded.images_seen, "a checkpoint's name and its clock differ"
+    job.chain.begun_images = job.chain.committed_images = loaded.images_seen
+
+
+def train(job: TrainJob) -> Stop | None:
+    """Train from `job.state` to the end of the stage, or until all ranks agreed to stop; the state is saved then.
+
+    Returns the stop, or None when the stage is done. Raises DivergedError, CheckpointError, FencedError.
+    """
+    config, guard = job.config, NonFiniteGuard(job.config.non_finite)
+    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
+    timing = Timing()
+    stop: Stop | None = None
+    try:
+        while job.state.images_seen < config.end_images:
+            stop = job.stop.agree(job.ranks)
+            if stop is not None:
+                break
+            before_wait = feed.wait_s
+            iteration = next(feed)
+            timing.data_wait += feed.wait_s - before_wait
+            assert iteration.images_seen == job.state.images_seen, "the feed and the clock have parted"
+
+            results = _step_all_turns(job, iteration.micro_batches)
+            job.state.images_seen += config.global_batch
+            job.state.add_digest(iteration.digest)
+            timing.images += config.global_batch
+
+            verdict = guard.judge(job.state, all(result.finite for result in results.values()))
+            if verdict is Verdict.ROLL_BACK:
+                feed.close()
+                _roll_back(job)
+                feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
+                timing = Timing()
+                continue
+            if verdict is Verdict.SKIPPED:
+                job.journal.event("non_finite", images_seen=job.state.images_seen, run=job.state.non_finite_run)
+                job.say(f"step before {job.state.images_seen} images was not finite and was skipped")
+            else:
+                job.ema.update(job.engine.trained_roles())
+                job.state.add_losses(_row_values(results))
+            _at_intervals(job, timing)
+    finally:
+        feed.close()
+    if job.chain.begun_images != job.state.images_seen:
+        _save(job)
+    _finish_save(job)
+    return stop
+
+
+def _step_all_turns(job: TrainJob, micro_batches: Sequence[Any]) -> dict[str, StepResult]:
+    """Every turn of one iteration, in order, over the same global batch."""
+    images_seen, config = job.state.images_seen, job.config
+    rate = learning_rate(
+        images_seen,
+        peak=config.learning_rate,
+        warmup_images=config.schedule.warmup_images,
+        total_images=config.total_images,
+        kind=config.schedule.kind,
+        min_lr=config.schedule.min_lr,
+    )
+    results: dict[str, StepResult] = {}
+    for turn in job.method.turns(images_seen // config.global_batch, images_seen):
+        micros = [(micro.batch, micro.draws[turn.purpose]) for micro in micro_batches]
+        results[turn.purpose] = job.engine.step(turn, micros, rate)
+    return results
+
+
+def _row_values(results: Mapping[str, StepResult]) -> dict[str, float]:
+    """What a row says of one iteration; names carry the turn's purpose only where there are several turns."""
+    values: dict[str, float] = {}
+    for purpose, result in results.items():
+        prefix = f"{purpose}/" if len(results) > 1 else ""
+        values[f"{prefix}loss"] = result.total
+        values[f"{prefix}grad_norm"] = result.grad_norm
+        values.update({f"{prefix}{name}": value for name, value in result.losses.items() if name != "loss"})
+    return values
+
+
+def _at_intervals(job: TrainJob, timing: Timing) -> None:
+    """Validation and previews, then the row, then the checkpoint: what an undisturbed run does at this clock."""
+    images_seen, config = job.state.images_seen, job.config
+    extra: dict[str, float] = {}
+    begun = clock.monotonic()
+    for periodic in job.periodic:
+        if images_seen % periodic.every_images == 0:
+            extra.update(periodic.action(images_seen))
+    timing.other += clock.monotonic() - begun
+    improved = _note_best(job.state, extra)
+    if images_seen % config.log_every == 0 or extra:
+        _log(job, timing, extra, close=images_seen % config.log_every == 0)
+    if images_seen % config.save_every == 0:
+        if improved:
+            job.chain.best_images = images_seen
+        timing.save_stall += _save(job)
+
+
+def _note_best(state: TrainState, extra: Mapping[str, float]) -> bool:
+    loss = extra.get("validation/loss")
+    if loss is None or not loss < state.best_loss:
+        return False
+    state.best_loss, state.best_images = loss, state.images_seen
+    return True
+
+
+def _log(job: TrainJob, timing: Timing, extra: Mapping[str, float], close: bool) -> None:
+    """One journal row; at the end of a log interval also its means, its timing and the human line."""
+    data = dict(extra)
+    if close:
+        data.update(job.state.close_window())
+        data["learning_rate"] = learning_rate(
+            job.state.images_seen - job.config.global_batch,
+            peak=job.config.learning_rate,
+            warmup_images=job.config.schedule.warmup_images,
+            total_images=job.config.total_images,
+            kind=job.config.schedule.kind,
+            min_lr=job.config.schedule.min_lr,
+        )
+        now = clock.monotonic()
+        elapsed = now - timing.begun
+        productive = max(0.0, elapsed - timing.data_wait - timing.save_stall - timing.other)
+        job.journal.event(
+            "interval",
+            images_seen=job.state.images_seen,
+            images=timing.images,
+            productive_s=productive,
+            data_wait_s=timing.data_wait,
+            save_stall_s=timing.save_stall,
+            other_s=timing.other,
+        )
+        job.progress.update(
+            job.state.images_seen,
+            loss=data.get("loss"),
+            data_wait=timing.data_wait / elapsed if elapsed > 0 else None,
+            save_stall_s=timing.save_stall,
+        )
+        timing.__init__()  # type: ignore[misc]
+    if job.ranks.is_main:
+        job.journal.row(job.state.images_seen, data)
+
+
+def _save(job: TrainJob) -> float:
+    """Begin a checkpoint of everything; a failed save before it is reported and does not end the training."""
+    try:
+        job.chain.wait()
+    except FencedError:
+        raise
+    except (HpcGenError, OSError, RuntimeError) as error:
+        job.say(f"the save before this one failed and was given up: {error}")
+    else:
+        if job.chain.committed_images is not None:
+            job.published(job.chain.committed_images)
+    job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
+    state: dict[str, Tensor] = {**job.engine.state(), **job.state.tensors()}
+    for role in job.ema.averages:
+        state.update({f"ema/{role}/{name}": tensor for name, tensor in job.ema.tensors(role).items()})
+    facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
+    return job.chain.save(job.state.images_seen, state, facts)
+
+
+def _finish_save(job: TrainJob) -> None:
+    """The last save of an attempt must hold: its failure is the attempt's."""
+    job.chain.wait()
+    if job.chain.committed_images is not None:
+        job.published(job.chain.committed_images)
+
+
+def _roll_back(job: TrainJob) -> None:
+    """To the newest checkpoint, with other draws from there on (the order of rows stays)."""
+    try:
+        job.chain.wait()
+    except FencedError:
+        raise
+    except (HpcGenError, OSError, RuntimeError) as error:
+        job.say(f"the last save failed and was given up: {error}")
+    counter, total = job.state.draw_counter + 1, job.state.non_finite_total
+    was = job.state.images_seen
+    loaded = job.chain.load_newest()
+    if loaded is None:
+        raise CheckpointError(
+            f"training stopped being finite at {was} images before its first checkpoint; lower train.optimizer.lr"
+        )
+    restore(job, loaded)
+    job.state.draw_counter, job.state.non_finite_total, job.state.non_finite_run = counter, total, 0
+    job.journal.event("rollback", images_seen=was, to=job.state.images_seen, draw_counter=counter)
+    job.say(f"went back from {was} to {job.state.images_seen} images; draws continue with counter {counter}")

@@ -1,0 +1,1 @@
+"""Tools around tables of shards: image sources, fetching, encoding, inspection."""

@@ -1,0 +1,300 @@
+"""Golden handlers of METHOD energy. Everything is built from the case's own config; no number of a case is known here.
+
+The neutral config speaks the reference's words (latent, in_channels, T, steps, cfg_scale); the cases run through the
+public protocol of the method (draws in, loss terms or samples out) with the case's tensors in place of draws.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from compare import Produced
+from golden_files import Case, GoldenError, OfficialModel
+from handling import ModelFacts, NotHandled, handles, handles_official
+from torch import Tensor
+
+from hpc_gen.diffusion.gaussian import GaussianDiffusion, betas, linear_betas
+from hpc_gen.methods.energy.config import EnergyConfig, SamplingSettings
+from hpc_gen.methods.energy.objective import EnergyDiffusion
+from hpc_gen.methods.energy.recipe import ENTRY, SIZES, decay_groups
+from hpc_gen.methods.energy.sampler import (
+    INNER_STEPS_SAMPLING,
+    INNER_STEPS_TRAINING,
+    evaluation_layout,
+    guided,
+    inner_clamp,
+    inner_step_count,
+)
+from hpc_gen.methods.energy.weights import import_flat, official_list
+from hpc_gen.methods.protocol import TableFacts
+from hpc_gen.runtime.randomness import Draw
+
+TURN = 0
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
+
+
+def _config(case: Case, parameters: Mapping[str, Tensor]) -> EnergyConfig:
+    """The method's config from the neutral words of the case; NotHandled for the variant we do not have."""
+    neutral: dict[str, Any] = case.record["config"]["neutral"]
+    reference: dict[str, Any] = case.record["config"].get("reference", {})
+    if neutral.get("use_energy"):
+        raise NotHandled("variant energy is not in hpc_gen.methods.energy yet")
+    # The reference picks its patch size by model name and ignores the option, so the weights know it best.
+    patch_size = neutral.get("patch_size", parameters["dit.x_embedder.proj.weight"].shape[-1])
+    return EnergyConfig(
+        input="latents",
+        image_size=neutral["latent"],
+        tokenizer_stride=1,
+        channels=neutral["in_channels"],
+        patch_size=patch_size,
+        hidden=neutral["hidden"],
+        depth=neutral["depth"],
+        heads=neutral["heads"],
+        mlp_ratio=neutral.get("mlp_ratio", reference.get("mlp_ratio", 4.0)),
+        num_classes=neutral["num_classes"],
+        diffusion_timesteps=neutral["T"],
+    )
+
+
+def _method(case: Case, tensors: Mapping[str, Tensor]) -> EnergyDiffusion:
+    """The method with the case's weights: built on the meta device, materialised, loaded with strict keys."""
+    parameters = _parameters(tensors)
+    method = ENTRY.build(_config(case, parameters), TableFacts())
+    assert isinstance(method, EnergyDiffusion)
+    method.model.to_empty(device="cpu")
+    import_flat(method.model, parameters, source=str(case.json_path.with_suffix(".safetensors")))
+    return method
+
+
+def _gradients(method: EnergyDiffusion) -> dict[str, Tensor]:
+    named = method.model.named_parameters()
+    return {f"grad.{name}": p.grad for name, p in named if p.grad is not None}
+
+
+@handles("energy", "pd_forward")
+def pd_forward(case: Case) -> Produced:
+    """Noise prediction, gradients of its mean square, and guidance on 3 and on all channels."""
+    tensors = case.tensors()
+    method = _method(case, tensors)
+    x = tensors["in.x"].clone().requires_grad_()
+    epsilon = method.model(x, tensors["in.t"], tensors["in.y"])
+    mean_square = epsilon.square().mean()
+    mean_square.backward()
+    out = {"out.eps": epsilon, "out.mean_sq": mean_square, "grad.in.x": x.grad, **_gradients(method)}
+    if "in.cfg_x" in tensors:
+        with torch.no_grad():
+            raw = method.model(tensors["in.cfg_x"], tensors["in.cfg_t"], tensors["in.cfg_y"])
+        half = guided(*raw.chunk(2), tensors["in.cfg_scale"].item())
+        out["out.cfg_all"] = torch.cat([half, half])
+        # The reference's quirk, which our sampler does not have: only the first three channels are guided.
+        out["out.cfg_first3"] = torch.cat([torch.cat([half, half])[:, :3], raw[:, 3:]], dim=1)
+    return Produced(out)
+
+
+@handles("energy", "pd_loss")
+def pd_loss(case: Case) -> Produced:
+    """The training loss through the method's objective, and the gradient of every parameter."""
+    tensors = case.tensors()
+    method = _method(case, tensors)
+    x0, t, y, noise = (tensors[f"in.{name}"] for name in ("x0", "t", "y", "noise"))
+    with torch.no_grad():
+        x_t, per_sample = method.noise_errors(x0, t, y, noise)
+    turn = method.turns(0, 0)[TURN]
+    batch = {"latents": x0, "labels": y}
+    draws = {"t": t, "noise": noise, "drop": torch.ones(len(t))}  # a draw of 1 drops no label
+    term = method.objective(turn, batch, draws).terms["mse"]
+    loss = term.sum / method.counts(turn, batch, draws)["mse"]
+    loss.backward()
+    gradients = _gradients(method)
+    without = [name for name, p in method.model.named_parameters() if p.grad is None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+    out = {"out.x_t": x_t, "out.loss_per_sample": per_sample, "out.loss": loss, "out.grad_norm": norm}
+    out["out.num_params_without_grad"] = torch.tensor([len(without)]).reshape(
+        tensors["out.num_params_without_grad"].shape
+    )
+    return Produced({**out, **gradients}, {"params_without_grad": without})
+
+
+class CaseDraws:
+    """The case's noise in place of hpc_gen.runtime.randomness.Draws; asks that shapes are what the sampler says."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def take(self, name: str, draw: Draw, k: int = 0) -> Tensor:
+        """`x_T`, or row k of the step noise."""
+        value = {"x_T": lambda: self.tensors["in.init_noise"], "step_noise": lambda: self.tensors["in.step_noise"][k]}[name]()
+        assert tuple(value.shape[1:]) == draw.shape, f"{name}: {list(value.shape[1:])} is not {draw.shape}"
+        return value
+
+
+@handles("energy", "pd_sample_std", "pd_sample_std_cfg")
+def pd_sample(case: Case) -> Produced:
+    """The respaced ancestral chain, guided when the case has a scale: every state and the result."""
+    tensors = case.tensors()
+    neutral = case.record["config"]["neutral"]
+    method = _method(case, tensors)
+    settings = SamplingSettings(
+        steps=neutral["steps"],
+        guidance=neutral.get("cfg_scale", 1.0),
+        clip_denoised=neutral.get("clip_denoised", True),
+    )
+    if "in.timestep_map" in tensors:
+        ours, theirs = method.diffusion.respaced(settings.steps).timestep_map, tensors["in.timestep_map"].tolist()
+        if ours != theirs:
+            raise AssertionError(f"the chain keeps timesteps {ours}, the reference keeps {theirs}")
+    polls: list[int] = []
+    arguments: Any = ({"labels": tensors["in.y"]}, CaseDraws(tensors), settings, lambda: polls.append(1))
+    states = list(method.trajectory(*arguments))
+    if len(polls) != len(states):
+        raise AssertionError(f"the sampler polled {len(polls)} times in {len(states)} steps")
+    return Produced({"out.trajectory": torch.stack(states), "out.sample": method.generate(*arguments)})
+
+
+@handles("energy", "diffusion_tables")
+def diffusion_tables(case: Case) -> Produced:
+    """Every table of full and respaced chains, as named in the case's config."""
+    config = case.record["config"]
+    chains: dict[str, GaussianDiffusion] = {}
+    for name, (schedule, num_timesteps) in config.get("schedules", {}).items():
+        chains[name] = GaussianDiffusion(betas(schedule, num_timesteps))
+    for name, (schedule, num_timesteps, spacing) in config.get("respaced", {}).items():
+        chains[name] = GaussianDiffusion(betas(schedule, num_timesteps)).respaced(spacing)
+    out = {}
+    for name in case.tensors():
+        _, chain, table = name.split(".")
+        if chain not in chains:
+            raise GoldenError(f"{name} belongs to no schedule of the case's config")
+        out[name] = torch.from_numpy(np.asarray(getattr(chains[chain], table)))
+    return Produced(out)
+
+
+@handles("energy", "schedules_misc")
+def schedules_misc(case: Case) -> Produced:
+    """Learning rates, EMA, evaluation layout, inner-loop steps and clamp, and weight-decay groups."""
+    tensors, config = case.tensors(), case.record["config"]
+    out = {**_learning_rates(config.get("lr", {}), tensors), **_averages(config, tensors)}
+    if "eval" in config:
+        out.update(_evaluation(config["eval"]))
+    if "adaptive" in config:
+        num_timesteps = config["adaptive"]["T"]
+        t = tensors["in.adaptive.t"]
+        for name, base in (("sampling", INNER_STEPS_SAMPLING), ("training", INNER_STEPS_TRAINING)):
+            counts = [inner_step_count(one, num_timesteps, base) for one in t.view(-1, 1)]
+            out[f"out.adaptive.{name}"] = torch.tensor(counts).view(t.shape)
+        out["out.opt_clamp"] = torch.from_numpy(inner_clamp(GaussianDiffusion(linear_betas(num_timesteps))))
+    groups = case.record.get("weight_decay_groups", {})
+    return Produced(out, {"weight_decay_groups": {name: _regrouped(listed, config) for name, listed in groups.items()}})
+
+
+def _learning_rates(runs: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from hpc_gen.training.schedules import learning_rate, peak_learning_rate
+
+    epoch_images = 2**20  # any length of an epoch gives the same rates; a power of two also gives the same last bits
+    out = {}
+    for name, run in runs.items():
+        global_batch = run["batch_per_gpu"] * run["world"] * run["grad_accu"]
+        peak = peak_learning_rate(lr=run.get("lr"), blr=run["blr"], global_batch=global_batch)
+        rates = [
+            learning_rate(
+                epoch * epoch_images,
+                peak=peak,
+                warmup_images=run["warmup_epochs"] * epoch_images,
+                total_images=run["epochs"] * epoch_images,
+                kind=run["schedule"],
+                min_lr=run["min_lr"],
+            )
+            for epoch in tensors[f"in.lr.{name}.epoch"].tolist()
+        ]
+        out[f"out.lr.{name}"] = torch.tensor(rates, dtype=torch.float64)
+        out[f"out.lr.{name}.peak"] = torch.tensor(peak, dtype=torch.float64)
+    return out
+
+
+def _averages(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from hpc_gen.training.ema import update_ema_
+
+    names = sorted(name for name in tensors if re.fullmatch(r"in\.ema\.init\d+", name))
+    indices = [int(name.removeprefix("in.ema.init")) for name in names]
+    averages = [tensors[name].clone() for name in names]
+    step = 0
+    while indices and f"in.ema.step{step}_{indices[0]}" in tensors:
+        update_ema_(averages, [tensors[f"in.ema.step{step}_{i}"] for i in indices], config["ema_rate"])
+        step += 1
+    return {f"out.ema{i}": average for i, average in zip(indices, averages, strict=True)}
+
+
+def _evaluation(layout: Mapping[str, int]) -> dict[str, Tensor]:
+    out = {}
+    for rank in range(layout["world"]):
+        ids, labels = evaluation_layout(layout["num_images"], layout["classes"], layout["batch"], layout["world"], rank)
+        if len(ids) != layout["steps"]:
+            raise AssertionError(f"evaluation has {len(ids)} steps, the reference has {layout['steps']}")
+        out[f"out.eval.ids_rank{rank}"], out[f"out.eval.labels_rank{rank}"] = ids, labels
+    return out
+
+
+def _regrouped(listed: list[dict[str, Any]], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups that we make of the case's own parameters.
+
+    Some of these models do not exist here yet, so names are taken from the case, and dimensions from the kind of layer
+    the name tells: biases and norms are vectors, the step size is a scalar, all other parameters have two or more.
+    """
+    from hpc_gen.config.train import OptimizerConfig
+
+    decay = config.get("weight_decay", OptimizerConfig.model_fields["weight_decay"].default)
+    groups = decay_groups((name, _num_dims(name)) for group in listed for name in group["params"])
+    split = ((0.0, groups.undecayed), (decay, groups.decayed), (0.0, groups.step_size))
+    return [{"weight_decay": value, "params": list(names)} for value, names in split]
+
+
+def _num_dims(name: str) -> int:
+    *_, module, leaf = ["", *name.split(".")]
+    if leaf == "alpha":
+        return 0
+    return 1 if leaf == "bias" or re.search(r"(norm\d*|_ln)$", module) else 2
+
+
+@handles("energy", "crop_resize")
+def crop_resize(case: Case) -> Produced:
+    """Centre crop, resize, conversion to a tensor, and its mirror image."""
+    from PIL import Image
+
+    from hpc_gen.data.images import center_crop, resize, to_tensor_normalized
+
+    tensors, neutral = case.tensors(), case.record["config"]["neutral"]
+    out = {}
+    for name, value in tensors.items():
+        if not name.startswith("in.image"):
+            continue
+        number = name.removeprefix("in.image")
+        cropped = center_crop(Image.fromarray(value.numpy()), neutral["img_size"])
+        resized = resize(cropped, neutral["effective_img_size"])
+        pixels = to_tensor_normalized(resized)
+        out[f"out.crop{number}"] = torch.from_numpy(np.asarray(cropped).copy())
+        out[f"out.resized{number}"] = torch.from_numpy(np.asarray(resized).copy())
+        out[f"out.tensor{number}"], out[f"out.tensor_flip{number}"] = pixels, pixels.flip(-1)
+    return Produced(out)
+
+
+@handles_official("energy", "pure_diffusion_*")
+def pure_diffusion(model: OfficialModel) -> ModelFacts:
+    """A published size on KL16 latents (stride 16, 16 channels, 1000 ImageNet classes) at the record's image size."""
+    config = model.record["config"]
+    if config.get("use_energy"):
+        raise NotHandled("variant energy is not in hpc_gen.methods.energy yet")
+    size = model.name.split("_")[2]
+    if size not in SIZES:
+        raise GoldenError(f"'{model.name}' names size '{size}', known sizes: {', '.join(SIZES)}")
+    ours = official_list(
+        EnergyConfig(input="latents", image_size=config["img_size"], channels=16, **SIZES[size]),
+        num_classes=config.get("num_classes", 1000),
+    )
+    return ModelFacts(ours.state_dict, ours.buffers, ours.frozen, ours.num_params, ours.num_trainable)

@@ -1,0 +1,83 @@
+"""Which function checks which golden case: handlers register themselves by (METHOD, kind) or official model name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from compare import Produced
+from golden_files import PARITY_FOLDER, REPOSITORY, Case, OfficialModel
+
+
+class NotHandled(Exception):
+    """There is no handler for this case, or it is of a variant that the code does not have yet."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What we know of one of our full-size models, to be compared with the official list."""
+
+    state_dict: dict[str, tuple[int, ...]]
+    buffers: tuple[str, ...]
+    frozen: tuple[str, ...]
+    num_params: int
+    num_trainable: int
+
+
+CaseHandler = Callable[[Case], Produced]
+OfficialHandler = Callable[[OfficialModel], ModelFacts]
+
+_CASES: dict[tuple[str, str], CaseHandler] = {}
+_OFFICIAL: dict[tuple[str, str], OfficialHandler] = {}
+
+
+def handles(method: str, *kinds: str) -> Callable[[CaseHandler], CaseHandler]:
+    """Register a handler for the kinds of a METHOD folder."""
+
+    def register(handler: CaseHandler) -> CaseHandler:
+        for kind in kinds:
+            assert (method, kind) not in _CASES, f"two handlers for {method}/{kind}"
+            _CASES[method, kind] = handler
+        return handler
+
+    return register
+
+
+def handles_official(method: str, glob: str) -> Callable[[OfficialHandler], OfficialHandler]:
+    """Register a handler for the official models of a METHOD folder whose name matches the glob."""
+
+    def register(handler: OfficialHandler) -> OfficialHandler:
+        _OFFICIAL[method, glob] = handler
+        return handler
+
+    return register
+
+
+def case_handler(case: Case) -> CaseHandler:
+    """The handler of a case; NotHandled when there is none."""
+    try:
+        return _CASES[case.method, case.kind]
+    except KeyError:
+        raise NotHandled(f"no handler for kind '{case.kind}' of {case.method}") from None
+
+
+def official_handler(model: OfficialModel) -> OfficialHandler:
+    """The handler of an official model; NotHandled when there is none."""
+    for (method, glob), handler in _OFFICIAL.items():
+        if method == model.method and fnmatchcase(model.name, glob):
+            return handler
+    raise NotHandled(f"no handler for official model '{model.name}' of {model.method}")
+
+
+def has_method_folder(owner: str) -> bool:
+    """Whether hpc_gen/methods/OWNER exists."""
+    return (REPOSITORY / "hpc_gen" / "methods" / owner / "__init__.py").is_file()
+
+
+def load_handlers() -> None:
+    """Import every handlers_*.py of this folder."""
+    import importlib
+
+    for path in sorted(PARITY_FOLDER.glob("handlers_*.py")):
+        importlib.import_module(path.stem)

@@ -1,0 +1,76 @@
+"""One real Slurm cluster for the tests of this folder: own directory, ports and node names; purged after.
+
+Where no lab can run (not root, not Debian, programs missing) every test that needs it is skipped, and the
+reason is printed in a section of its own at the end of the test run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm import lab as slurm_lab
+
+_PREFIX = "hpc-gen-lab-"  # of the directories, followed by the process id of the test run
+_skip_reason: str | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker of these tests known."""
+    config.addinivalue_line(
+        "markers", "slurm_real: needs a real Slurm on this machine (root on Debian); see slurm/lab.py"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A skipped cluster must not look like a passed one."""
+    if _skip_reason is not None:
+        terminalreporter.section("SLURM TESTS WERE SKIPPED", sep="!", red=True)
+        terminalreporter.write_line(_skip_reason)
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[slurm_lab.Lab]:
+    """A running lab of four nodes with accounting; GraceTime 10 s."""
+    global _skip_reason
+    _skip_reason = slurm_lab.why_not()
+    if _skip_reason is not None:
+        pytest.skip(_skip_reason)
+    _sweep()
+    # not pytest's tmp_path: sockets lie in it, and the kernel allows 107 characters for a socket's path
+    parent = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir="/tmp"))
+    parent.chmod(0o755)
+    base = slurm_lab.free_port_base(4, first=18000 + os.getpid() % 100 * 100)
+    try:
+        yield slurm_lab.start(parent / "lab", nodes=4, port_base=base, prefix=f"t{base}n")
+    finally:
+        slurm_lab.stop(parent / "lab", purge=True)
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """`until(condition, what, limit_s)`: wait for an event of the cluster; fail with its name without it."""
+
+    def wait(condition: Callable[[], bool], what: str, limit_s: float = 30.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {limit_s:g} s in vain: {what}"
+            time.sleep(0.05)
+
+    return wait
+
+
+def _sweep() -> None:
+    """Take down the labs of test runs that were killed before they could."""
+    for parent in Path("/tmp").glob(f"{_PREFIX}[0-9]*"):
+        pid = parent.name.removeprefix(_PREFIX).partition("-")[0]
+        if parent.stat().st_uid == os.geteuid() and not Path(f"/proc/{pid}").exists():
+            slurm_lab.stop(parent / "lab", purge=True)
+            shutil.rmtree(parent, ignore_errors=True)
