@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import hpc_gen
+from eval_jobs.device import task_device
 from hpc_gen.config.experiment import EvaluateConfig
 from hpc_gen.metrics import extractors, fidelity, isc, kid, prc
 from hpc_gen.metrics.extractors import NetworkExtractor
@@ -102,6 +103,7 @@ class EvaluateWorker:
             "batch": self._config.batch,
             "block_images": self._config.block_images,
             "threads": self._config.threads,
+            "device": task_device(self._context.task).type,
         }
         return _sha256(facts)
 
@@ -232,8 +234,8 @@ class EvaluateWorker:
     def _ready_network(self) -> extractors.Extractor:
         if self._network is None:
             self._network = self.extractor.build()
-            if isinstance(self._network, NetworkExtractor) and torch.cuda.is_available():
-                self._network.network.to(f"cuda:{self._context.task % torch.cuda.device_count()}")
+            if isinstance(self._network, NetworkExtractor):
+                self._network.to(task_device(self._context.task))
         return self._network
 
     def _load(self, kind: str) -> tuple[list[Tensor], Tensor | None]:
@@ -261,11 +263,10 @@ def _read_features(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _reference_rows(config: EvaluateConfig, rows: int) -> int:
-    if config.reference.rows is not None and config.reference.rows > rows:
-        raise UserError(
-            f"evaluate.reference.rows is {config.reference.rows}, but {config.reference.table} has {rows} rows; lower it"
-        )
-    return config.reference.rows or rows
+    wanted = config.reference.rows
+    if wanted is not None and wanted > rows:
+        raise UserError(f"evaluate.reference.rows is {wanted}, but {config.reference.table} has {rows} rows; lower it")
+    return wanted or rows
 
 
 def _moments(blocks: Sequence[Tensor]) -> Moments:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eval_jobs.device import task_device
 from hpc_gen import tokenizers
 from hpc_gen.config.experiment import SampleConfig
 from hpc_gen.data.table import Table
@@ -18,7 +19,7 @@ from hpc_gen.sampling import index
 from hpc_gen.sampling.generate import Decoder, generate_block
 from hpc_gen.sampling.images import write_png
 from hpc_gen.sampling.plan import SamplePlan, method_hash
-from hpc_gen.stages.build import build_method, device_of, meta_method, open_table, settings_of, table_facts
+from hpc_gen.stages.build import build_method, meta_method, open_table, settings_of, table_facts
 from hpc_gen.stages.units import StageContext, Unit
 from hpc_gen.training.checkpoint import read as checkpoints
 from hpc_gen.training.checkpoint.read import CheckpointInfo
@@ -38,7 +39,7 @@ class SampleWorker:
         self._context = context
         self._table = open_table(context.workspace, context.experiment.data.table)
         self._checkpoint = _checkpoint(context, config)
-        self._device = _device(context.task)
+        self._device = task_device(context.task)
         self.folder = context.run.samples(config.tag)
         self.plan = _plan(context, config, self._table, self._checkpoint, self._device)
         self.plan.write(self.folder)
@@ -98,11 +99,6 @@ def _checkpoint(context: StageContext, config: SampleConfig) -> CheckpointInfo:
     if config.checkpoint == "latest":
         return checkpoints.newest(context.run)
     return checkpoints.at(context.run, config.checkpoint)
-
-
-def _device(task: int) -> torch.device:
-    """The GPU whose turn it is among those of this machine, else the CPU."""
-    return device_of(task % torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def _plan(

@@ -59,7 +59,9 @@ def worker(context: StageContext) -> EncodeWorker:
     """Factory of the stage `encode`. Raises UserError when the experiment has no encode section."""
     encode = context.experiment.encode
     if encode is None:
-        raise UserError(f"experiment {context.experiment.name!r} has no section 'encode'; add one, or skip the stage")
+        raise UserError(
+            f"experiment {context.experiment.name!r} has no section 'encode'; add one, or skip the stage"
+        )
     data = context.experiment.data
     folders = {TRAIN: data.table}
     if encode.validation and data.validation_table is not None:
@@ -136,9 +138,12 @@ class EncodeWorker:
                     write_shard(stream, columns)
                 facts |= {"bytes": stream.bytes, "sha256": stream.sha256, "content": content_sha256(columns)}
         commit.write_json(staged_facts, facts)
-        return ({shard_path: staged_shard} if facts["rows"] else {}) | {facts_path: staged_facts}  # type: ignore[dict-item]
+        files = {str(facts_path): staged_facts}
+        return {str(shard_path): staged_shard, **files} if facts["rows"] else files
 
-    def _encode(self, output: _Output, shard: int, poll: Callable[[], None]) -> tuple[dict[str, Tensor], list[str]]:
+    def _encode(
+        self, output: _Output, shard: int, poll: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], list[str]]:
         """Columns of one shard (empty when no image could be read) and its bad images as "id: reason"."""
         pixels: list[Tensor] = []
         labels: list[int] = []
@@ -165,8 +170,9 @@ class EncodeWorker:
         if len(bad) > allowed:
             shown = "; ".join(bad[:SHOWN_BAD_IMAGES])
             raise DataError(
-                f"source {self.source.name!r}, split {output.split!r}: at least {len(bad)} of {len(output.order)} images "
-                f"cannot be read, encode.max_bad_fraction={self.encode.max_bad_fraction:g} allows {int(allowed)}: {shown}"
+                f"source {self.source.name!r}, split {output.split!r}: at least {len(bad)} of {len(output.order)} "
+                f"images cannot be read, encode.max_bad_fraction={self.encode.max_bad_fraction:g} allows "
+                f"{int(allowed)}: {shown}"
             )
 
     def finish(self) -> None:
@@ -176,9 +182,9 @@ class EncodeWorker:
         """
         for output in self.outputs.values():
             index = self._index(output)
-            if (output.folder / INDEX_NAME).is_file() and TableIndex.read(output.folder) == index:
-                continue
-            index.write(output.folder)
+            there = (output.folder / INDEX_NAME).is_file()
+            if not (there and TableIndex.read(output.folder).to_json() == index.to_json()):
+                index.write(output.folder)
 
     def _index(self, output: _Output) -> TableIndex:
         facts = [_read_facts(output, shard) for shard in range(output.num_shards)]
@@ -186,18 +192,25 @@ class EncodeWorker:
         self._check_bad(bad, output)
         full = [(shard, fact) for shard, fact in enumerate(facts) if fact["rows"]]
         if not full:
-            raise DataError(f"table {output.folder}: not one of {len(output.order)} images could be read; check the source")
+            raise DataError(
+                f"table {output.folder}: not one of {len(output.order)} images could be read; check the source"
+            )
         columns = {
-            name: ColumnInfo(str(column["dtype"]), tuple(column["shape"])) for name, column in full[0][1]["columns"].items()
+            name: ColumnInfo(str(column["dtype"]), tuple(column["shape"]))
+            for name, column in full[0][1]["columns"].items()
         }
         shards = tuple(
-            ShardInfo(output.files(shard)[0].name, fact["rows"], fact["bytes"], fact["sha256"], fact["content"])
+            ShardInfo(
+                output.files(shard)[0].name, fact["rows"], fact["bytes"], fact["sha256"], fact["content"]
+            )
             for shard, fact in full
         )
         for info in shards:
             path = output.folder / info.file
             if not path.is_file() or path.stat().st_size != info.bytes:
-                raise DataError(f"shard {path} is missing or not {info.bytes} bytes long; run the stage encode again")
+                raise DataError(
+                    f"shard {path} is missing or not {info.bytes} bytes long; run the stage encode again"
+                )
         return TableIndex(
             columns=columns,
             shards=shards,
@@ -217,7 +230,8 @@ def _facts(recipe: Recipe, columns: dict[str, Tensor], bad: list[str]) -> dict[s
         labels = columns[LABELS]
         facts["rows"] = len(labels)
         facts["columns"] = {
-            name: {"dtype": column.dtype, "shape": list(column.shape)} for name, column in columns_of(columns).items()
+            name: {"dtype": column.dtype, "shape": list(column.shape)}
+            for name, column in columns_of(columns).items()
         }
         facts["sums"] = {name: ChannelSums.of(t).to_json() for name, t in columns.items() if t.ndim > 1}
         facts["histogram"] = {str(label): count for label, count in sorted(Counter(labels.tolist()).items())}
@@ -261,7 +275,9 @@ def _statistics(facts: Iterable[dict[str, Any]], source: Source, num_bad: int) -
     """Per-channel mean and std of every image-like column, label histogram, and what was left out."""
     all_facts = list(facts)
     columns = {
-        name: ChannelSums.merge(ChannelSums.from_json(fact["sums"][name]) for fact in all_facts).mean_and_std()
+        name: ChannelSums.merge(
+            ChannelSums.from_json(fact["sums"][name]) for fact in all_facts
+        ).mean_and_std()
         for name in all_facts[0]["sums"]
     }
     histogram: Counter[str] = Counter()

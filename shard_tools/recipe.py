@@ -58,7 +58,9 @@ def kept_classes(encode: EncodeConfig, source: Source) -> list[int]:
     return sorted(kept)
 
 
-def row_order(source: Source, split_name: str, classes: list[int], limit: int | None) -> npt.NDArray[np.int64]:
+def row_order(
+    source: Source, split_name: str, classes: list[int], limit: int | None
+) -> npt.NDArray[np.int64]:
     """Items of the split in the order of the table's rows, int64.
 
     Shuffled once, with a fixed seed: sources list class after class, and neither the block shuffle of training nor
@@ -92,7 +94,9 @@ def found_recipe(folder: Path) -> Recipe | None:
         try:
             recipe: Recipe = json.loads(path.read_text())["recipe"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} does not hold the facts of a shard ({error!r}); delete the folder {folder}") from error
+            raise DataError(
+                f"{path} does not hold the facts of a shard ({error!r}); delete the folder {folder}"
+            ) from error
         return recipe
     return None
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,10 @@ from hpc_gen.runtime.errors import DataError, UserError, nearest
 
 TRAIN, VALIDATION = "train", "validation"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MNIST_FILES = {TRAIN: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-               VALIDATION: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+MNIST_FILES = {
+    TRAIN: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    VALIDATION: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
 EMOJI_SETS = ("google", "twitter")
 EMOJI_LEFT_OUT = "Component"  # five bare skin tones: no class of its own
 EMOJI_HELD_OUT = 10  # one base emoji in ten is for validation
@@ -71,14 +74,18 @@ class Source:
 def open_source(name: str, folder: Path, background: Sequence[int] = WHITE) -> Source:
     """Open a source by name. Raises UserError when it is unknown or not there, DataError when it is damaged."""
     if name not in SOURCES:
-        raise UserError(f"unknown source {name!r}{nearest(name, SOURCES)}; known: {', '.join(sorted(SOURCES))}")
+        raise UserError(
+            f"unknown source {name!r}{nearest(name, SOURCES)}; known: {', '.join(sorted(SOURCES))}"
+        )
     if not folder.is_dir():
         fix = "check encode.source_path" if name == "folder" else f"run: hpc-gen shards fetch {name}"
         raise UserError(f"source {name!r}: there is no folder {folder}; {fix}")
     source = SOURCES[name](folder, background)
     for split_name, split in source.splits.items():
         if not len(split):
-            raise UserError(f"source {name!r}: {folder} has no images for the split {split_name!r}; check the folder")
+            raise UserError(
+                f"source {name!r}: {folder} has no images for the split {split_name!r}; check the folder"
+            )
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= source.num_classes:
             raise DataError(
@@ -98,7 +105,7 @@ def read_idx(path: Path) -> UInt8Array:
         data = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no {path} (nor {zipped.name}); run: hpc-gen shards fetch mnist") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{zipped} cannot be unpacked ({error}); fetch it again") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise DataError(f"{path} is not an idx file of bytes; fetch it again")
@@ -106,7 +113,9 @@ def read_idx(path: Path) -> UInt8Array:
     sizes = struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes]) if len(data) >= 4 + 4 * axes else ()
     array = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * axes))
     if not sizes or array.size != int(np.prod(sizes, dtype=np.int64)):
-        raise DataError(f"{path} has {array.size} bytes of data for the shape {sizes}; it is cut short: fetch it again")
+        raise DataError(
+            f"{path} has {array.size} bytes of data for the shape {sizes}; it is cut short: fetch it again"
+        )
     return array.reshape(sizes)
 
 
@@ -147,7 +156,9 @@ def _open_cifar10(folder: Path, background: Sequence[int]) -> Source:
         for name in group:
             data = np.fromfile(folder / name, np.uint8)
             if not data.size or data.size % (1 + CIFAR_BYTES):
-                raise DataError(f"{folder / name} has {data.size} bytes, not a multiple of 3073; fetch cifar10 again")
+                raise DataError(
+                    f"{folder / name} has {data.size} bytes, not a multiple of 3073; fetch cifar10 again"
+                )
             parts.append(data.reshape(-1, 1 + CIFAR_BYTES))
         records = np.concatenate(parts)
         content.update(records.tobytes())
@@ -232,7 +243,9 @@ class _Archives:
         try:
             data = self._archive(name).read(member)
         except (KeyError, OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.folder / name}.zip: {member} cannot be read ({error}); fetch emoji again") from error
+            raise DataError(
+                f"{self.folder / name}.zip: {member} cannot be read ({error}); fetch emoji again"
+            ) from error
         return decode_image(data, self.background)
 
 
@@ -249,11 +262,15 @@ def _open_folder(folder: Path, background: Sequence[int]) -> Source:
         roots = {TRAIN: folder / TRAIN} | ({VALIDATION: validation} if validation else {})
     else:
         roots = {TRAIN: folder}
-    class_names = tuple(sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir()}))
+    entries = [path for root in roots.values() for path in root.iterdir() if not path.name.startswith(".")]
+    class_names = tuple(sorted({path.name for path in entries if path.is_dir()}))
     if not class_names:
-        raise UserError(f"{folder} has no class folders; put the images into {folder}/CLASS/ (or {folder}/train/CLASS/)")
+        raise UserError(
+            f"{folder} has no class folders; put the images into {folder}/CLASS/ (or {folder}/train/CLASS/)"
+        )
     splits: dict[str, Split] = {}
     content = hashlib.sha256()
+    outside = sum(path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES for path in entries)
     not_images = 0
     for split, root in roots.items():
         files: list[Path] = []
@@ -268,7 +285,8 @@ def _open_folder(folder: Path, background: Sequence[int]) -> Source:
         for path, name in zip(files, ids, strict=True):
             content.update(f"{name} {path.stat().st_size}\n".encode())
         splits[split] = Split(ids, np.array(labels, dtype=np.int64), _file_loader(files, background))
-    skipped = {"not an image file": not_images} if not_images else {}
+    counts = {"not an image file": not_images, "image outside a class folder": outside}
+    skipped = {reason: count for reason, count in counts.items() if count}
     return Source("folder", class_names, splits, content.hexdigest(), skipped)
 
 

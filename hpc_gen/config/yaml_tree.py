@@ -124,7 +124,7 @@ def _plain(node: yaml.Node, path: str, name: str, sources: dict[str, str], above
 def _key(node: yaml.Node, path: str, name: str) -> str:
     place, inside = _place(node, name), f" in '{path}'" if path else ""
     if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
-        shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else "(a list or mapping)"
         raise ConfigError(f"{place}: the key {shown}{inside} is not a word; put it in quotes")
     if "." in node.value or not node.value:
         raise ConfigError(

@@ -165,7 +165,9 @@ class Feed:
                 return self._queue.get(timeout=POLL_S)
             except queue.Empty:
                 # A fork copies the queue but not the thread: waiting on would be for ever.
-                assert self._thread.is_alive() or not self._queue.empty(), "the feed's thread is gone (a fork?)"
+                assert self._thread.is_alive() or not self._queue.empty(), (
+                    "the feed's thread is gone (a fork?)"
+                )
 
     def close(self) -> None:
         """Stop the thread and wait for it; safe to call twice."""
@@ -265,7 +267,7 @@ def _digest(
     parts: list[tuple[memoryview, int, bool]] = []
     for tensor, is_group in drawn:
         as_2d = as_bytes(tensor.contiguous())
-        parts.append((memoryview(as_2d.numpy().reshape(-1)), as_2d.shape[1], is_group))
+        parts.append((as_2d.numpy().reshape(-1).data, as_2d.shape[1], is_group))
     total = 0
     for sample in range(len(positions)):
         hasher = blake2b(heads[16 * sample : 16 * sample + 16], digest_size=8)

@@ -17,7 +17,14 @@ from torch import Tensor
 from hpc_gen.runtime.errors import DataError
 
 WHITE = (255, 255, 255)
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits: Pillow would clip them in silence
+_DEEP_MODES = (
+    "I",
+    "F",
+    "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
+)  # more than 8 bits: Pillow would clip them in silence
 
 
 def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
@@ -31,14 +38,18 @@ def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
             return to_rgb(image, background)
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
         raise DataError(f"not a readable image ({error}); replace the file or remove it") from error
 
 
 def to_rgb(image: Image.Image, background: Sequence[int] = WHITE) -> Image.Image:
     """Any 8-bit image as RGB, transparency composited on `background`. Raises DataError for deeper ones."""
     if image.mode in _DEEP_MODES:
-        raise DataError(f"image mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits first")
+        raise DataError(
+            f"image mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits first"
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         red, green, blue = background
         canvas = Image.new("RGBA", image.size, (red, green, blue, 255))

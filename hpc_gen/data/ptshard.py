@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ from torch import Tensor
 from hpc_gen.data.index import ColumnInfo
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError
+
+
+class ByteSink(Protocol):
+    """A binary stream written from front to back: an open file, io.BytesIO, a CommitStream."""
+
+    def write(self, data: Any, /) -> int:
+        """Append a buffer."""
+        ...
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        ...
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -35,7 +47,9 @@ def num_rows(columns: Mapping[str, Tensor], where: str) -> int:
     """Rows of a shard; raises DataError when the columns disagree or there are none. `where` names it in errors."""
     counts = {name: (t.shape[0] if t.ndim else 0) for name, t in columns.items()}
     if not counts or min(counts.values()) < 1 or len(set(counts.values())) != 1:
-        raise DataError(f"{where}: columns must have one and the same number of rows, at least 1, got {counts}")
+        raise DataError(
+            f"{where}: columns must have one and the same number of rows, at least 1, got {counts}"
+        )
     return next(iter(counts.values()))
 
 
@@ -50,25 +64,30 @@ def content_sha256(columns: Mapping[str, Tensor]) -> str:
     for name in sorted(columns):
         tensor = columns[name].contiguous()
         digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
-        digest.update(as_bytes(tensor).numpy())
+        digest.update(as_bytes(tensor).numpy().data)
     return digest.hexdigest()
 
 
-def write_shard(target: IO[bytes] | Path, columns: Mapping[str, Tensor]) -> None:
+def write_shard(target: ByteSink | Path, columns: Mapping[str, Tensor]) -> None:
     """Write columns (each [N, ...], same N) to a binary stream or, committed, to a path.
 
     The bytes depend on the columns alone: they go through a stream, so the archive inside carries no file name.
     Raises DataError when the columns disagree about N.
     """
     num_rows(columns, "a shard to be written")
-    # A fresh contiguous copy: torch.save would otherwise store the whole storage behind a view.
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in columns.items()}
+    plain = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in columns.items()}
     if isinstance(target, str | Path):
         buffer = io.BytesIO()
         torch.save(plain, buffer)
         commit.write_bytes(Path(target), buffer.getvalue())
     else:
-        torch.save(plain, target)
+        sink: Any = target  # torch.save needs write and flush only
+        torch.save(plain, sink)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, copied when it is a view: torch.save would store all of the memory behind it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def open_shard(
@@ -86,23 +105,35 @@ def open_shard(
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or encode the table again") from error
+        raise DataError(
+            f"shard {path} cannot be opened ({error.strerror}); restore it or encode the table again"
+        ) from error
     if num_bytes is not None and size != num_bytes:
-        raise DataError(f"shard {path} has {size} bytes, the index says {num_bytes}; restore it or encode the table again")
+        raise DataError(
+            f"shard {path} has {size} bytes, the index says {num_bytes}; restore it or encode the table again"
+        )
     try:
         shard: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"shard {path} cannot be read ({reason}); restore it or encode the table again") from error
+        raise DataError(
+            f"shard {path} cannot be read ({reason}); restore it or encode the table again"
+        ) from error
     if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
         raise DataError(f"shard {path} is not a dict of tensors; encode the table again")
     for name, expected in (columns or {}).items():
         if name not in shard:
-            raise DataError(f"shard {path} has no column {name!r} (it has {sorted(shard)}); encode the table again")
+            raise DataError(
+                f"shard {path} has no column {name!r} (it has {sorted(shard)}); encode the table again"
+            )
         _check_column(path, name, shard[name], expected)
     found = num_rows(shard, f"shard {path}")
     if rows is not None and found != rows:
-        raise DataError(f"shard {path} has {found} rows, the index says {rows}; restore it or encode the table again")
+        raise DataError(
+            f"shard {path} has {found} rows, the index says {rows}; restore it or encode the table again"
+        )
     return shard
 
 

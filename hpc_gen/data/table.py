@@ -48,7 +48,9 @@ class Table:
         index = TableIndex.read(folder)
         for name, column in index.columns.items():
             if not isinstance(getattr(torch, column.dtype, None), torch.dtype):
-                raise DataError(f"{folder / INDEX_NAME}: column {name!r} has the unknown dtype {column.dtype!r}")
+                raise DataError(
+                    f"{folder / INDEX_NAME}: column {name!r} has the unknown dtype {column.dtype!r}"
+                )
         table = cls(folder, index)
         if verify and (problems := table.verify()):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -65,7 +67,9 @@ class Table:
         """The index's identity hash."""
         return self.index.identity
 
-    def read(self, rows: npt.NDArray[np.int64] | Tensor | Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
+    def read(
+        self, rows: npt.NDArray[np.int64] | Tensor | Sequence[int], columns: Sequence[str]
+    ) -> dict[str, Tensor]:
         """Rows [n] of the named columns: {column: Tensor [n, ...]} in the order asked; rows may repeat.
 
         Raises DataError for an unknown column, a row outside the table, or a shard that is not what the index says.
@@ -74,13 +78,19 @@ class Table:
         for name in columns:
             if name not in self.index.columns:
                 valid = sorted(self.index.columns)
-                raise DataError(f"table {self.folder} has no column {name!r}{nearest(name, valid)}; it has {valid}")
+                raise DataError(
+                    f"table {self.folder} has no column {name!r}{nearest(name, valid)}; it has {valid}"
+                )
         if wanted.size and (wanted.min() < 0 or wanted.max() >= self.rows):
-            raise DataError(f"table {self.folder} has {self.rows} rows; asked for {wanted.min()} to {wanted.max()}")
+            raise DataError(
+                f"table {self.folder} has {self.rows} rows; asked for {wanted.min()} to {wanted.max()}"
+            )
         batch: dict[str, Tensor] = {}
         targets: dict[str, RowArray] = {}
         for name in columns:
-            batch[name] = torch.empty((wanted.size, *self.index.columns[name].shape), dtype=self._dtypes[name])
+            batch[name] = torch.empty(
+                (wanted.size, *self.index.columns[name].shape), dtype=self._dtypes[name]
+            )
             targets[name] = _row_array(batch[name])
         if wanted.size:
             self._gather(wanted, targets)
@@ -105,7 +115,9 @@ class Table:
             with self._lock:
                 self._mapped[number] = arrays
                 while len(self._mapped) > self._open_shards:
-                    del self._mapped[next(iter(self._mapped))]  # the one mapped first; batches in use keep theirs
+                    del self._mapped[
+                        next(iter(self._mapped))
+                    ]  # the one mapped first; batches in use keep theirs
         return arrays
 
     def _open(self, number: int) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ def write_table(
         commit.commit_file(staged, folder / name)
         taken = min(shard_rows, rows - start)
         shards.append(ShardInfo(name, taken, size, digest, ptshard.content_sha256(part)))
-    index = TableIndex(ptshard.columns_of(columns), tuple(shards), num_classes=num_classes, recipe=dict(recipe or {}))
+    index = TableIndex(
+        ptshard.columns_of(columns), tuple(shards), num_classes=num_classes, recipe=dict(recipe or {})
+    )
     index.write(folder)
     return index

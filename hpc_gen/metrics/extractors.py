@@ -53,6 +53,12 @@ class NetworkExtractor:
         self.network = network
         self.description = dict(description)
         self.has_logits = has_logits
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        """Compute on another device from now on; features come back to the CPU."""
+        self.network.to(device)
+        self._device = device
 
     def __call__(self, images: Tensor) -> Features:
         """Images uint8 [N, 3, H, W] to features. Raises UserError for images of another dtype or shape."""
@@ -62,9 +68,9 @@ class NetworkExtractor:
                 "convert them first"
             )
         with torch.inference_mode():
-            found = self.network(images)
+            found = self.network(images.to(self._device))
         # cloned outside: an ordinary tensor, where one made in inference mode could not be changed in place
-        return Features(found[0].clone(), found[1].clone() if self.has_logits else None)
+        return Features(found[0].cpu().clone(), found[1].cpu().clone() if self.has_logits else None)
 
 
 class RandomConvolutions(nn.Module):

@@ -1,9 +1,9 @@
 """Frechet distance of two Gaussians in float64, through symmetric square roots (Dowson and Landau 1982; FID).
 
-|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The eigenvalues of S1 S2 are those of the symmetric, positive semi-definite
-R^T S2 R with S1 = R R^T, so the trace of the root is the sum of the roots of its eigenvalues. No iteration, no imaginary
-part, no epsilon on the diagonal: singular covariances (fewer images than features) and constant features are ordinary
-input. Directions of S1 below float64's resolution are dropped, as in numpy.linalg.matrix_rank.
+|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The eigenvalues of S1 S2 are those of the symmetric and positive
+semi-definite R^T S2 R with S1 = R R^T, so the trace of the root is the sum of the roots of its eigenvalues. No
+iteration, no imaginary part, no epsilon on the diagonal: singular covariances (fewer images than features) and constant
+features are ordinary input. Directions of S1 below float64's resolution are dropped, as in numpy.linalg.matrix_rank.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     """
     if first.mean.shape != second.mean.shape:
         raise UserError(
-            f"features of length {len(first.mean)} and {len(second.mean)} cannot be compared; use one extractor for both"
+            f"features of length {len(first.mean)} and {len(second.mean)} cannot be compared; use one extractor"
         )
     first_covariance, second_covariance = first.covariance, second.covariance
     step = first.mean - second.mean

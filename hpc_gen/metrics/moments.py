@@ -40,7 +40,7 @@ class Moments:
         """Moments of both sets together. Raises UserError when the features have other lengths."""
         if self.mean.shape != other.mean.shape:
             raise UserError(
-                f"features of length {len(self.mean)} and {len(other.mean)} cannot be merged; use one extractor for both"
+                f"features of length {len(self.mean)} and {len(other.mean)} cannot be merged; use one extractor"
             )
         count = self.count + other.count
         step = other.mean - self.mean

@@ -107,7 +107,7 @@ def compare(first: MetricRecord, second: MetricRecord) -> float:
         name, one, other = differing[0]
         more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
         raise UserError(
-            f"'{first.name}' was measured in two ways: {name} is {one!r} in the first and {other!r} in the second{more}; "
+            f"'{first.name}' was measured in two ways: {name} is {one!r} in one and {other!r} in the other{more}; "
             "evaluate both in the same way before comparing"
         )
     for record in (first, second):

@@ -95,9 +95,7 @@ def process_start() -> float:
     except (OSError, ValueError, IndexError, AttributeError):
         return _IMPORTED_AT
     started = time.time() - age_s
-    return (
-        started if 0.0 <= _IMPORTED_AT - started < 86400.0 else _IMPORTED_AT
-    )  # /proc of another time namespace
+    return started if 0.0 <= _IMPORTED_AT - started < 86400.0 else _IMPORTED_AT  # /proc of another time namespace
 
 
 @contextmanager

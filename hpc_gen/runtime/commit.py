@@ -126,9 +126,7 @@ def rename_staged(source: str | os.PathLike[str], target: str | os.PathLike[str]
         remember(new, size)
 
 
-def commit_file(
-    staged: str | os.PathLike[str], final: str | os.PathLike[str], fence: FenceLike | None = None
-) -> None:
+def commit_file(staged: str | os.PathLike[str], final: str | os.PathLike[str], fence: FenceLike | None = None) -> None:
     """Move a staged file into place; an older file there is replaced atomically.
 
     Fsyncs the content unless this process has done so; makes the folders of `final` durably. Both must lie on
@@ -154,8 +152,7 @@ def _rename(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise UserError(
-                f"cannot move {source} to {target}: they are on different file systems; "
-                "stage beside the final place"
+                f"cannot move {source} to {target}: they are on different file systems; stage beside the final place"
             ) from error
         raise
 

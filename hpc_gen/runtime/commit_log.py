@@ -33,7 +33,6 @@ from typing import Literal
 
 from hpc_gen.runtime.commit import ops
 
-
 _RECORD = "operations.jsonl"
 
 
@@ -66,9 +65,7 @@ def kill_self() -> None:
 class DurabilityLog:
     """An observer of `commit.ops` that knows what would survive. Thread-safe."""
 
-    def __init__(
-        self, scratch: Path, kill_at: int | None = None, kill: Callable[[], None] = kill_self
-    ) -> None:
+    def __init__(self, scratch: Path, kill_at: int | None = None, kill: Callable[[], None] = kill_self) -> None:
         """`scratch`: folder outside what is tested, one per process: the record of operations for `replay`, and
         hard links to replaced files, lie there. `kill_at`: number (from 1) of the operation before which `kill`
         is called; a test within one process passes a function that raises a BaseException."""
@@ -113,9 +110,7 @@ class DurabilityLog:
         for line in record.read_text().splitlines() if record.exists() else []:
             facts = json.loads(line)
             source, backup = (Path(facts[key]) if key in facts else None for key in ("source", "backup"))
-            log.operations.append(
-                Operation(int(facts["thread"]), facts["name"], Path(facts["path"]), source, backup)
-            )
+            log.operations.append(Operation(int(facts["thread"]), facts["name"], Path(facts["path"]), source, backup))
         return log
 
     def settle(self) -> None:

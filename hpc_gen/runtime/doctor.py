@@ -58,6 +58,7 @@ class Package:
     module: str
     meaning: str
     required: bool = False
+    facts: str = "lambda module: {}"
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,21 @@ PACKAGES = (
     Package("safetensors", "safetensors", "weights cannot be exported", True),
     Package("jinja2", "jinja2", "there is no report", True),
     Package("submitit", "submitit", "stages cannot be submitted to Slurm; they run here", True),
-    Package("torch-fidelity", "hpc_gen.metrics.fidelity", "no FID, KID, precision, recall or IS; pip install -e .[demo]"),
+    Package(
+        "torch-fidelity",
+        "hpc_gen.metrics.fidelity",  # torch-fidelity by itself fails beside CPU torch; this is how we import it
+        "no FID, KID, precision, recall or IS; pip install -e .[demo]",
+        facts="lambda module: {'version': module.version()}",
+    ),
     Package("wandb", "wandb", "tracking.wandb stays unused; the journal has everything; pip install -e .[tracking]"),
     Package("webdataset", "webdataset", "no tar shards; pip install -e .[webdataset]"),
     Package("faiss-cpu", "faiss", "no k-means tokens (DiGIT); pip install -e .[faiss]"),
     Package("deepspeed", "deepspeed", "no deepspeed engine; ddp works; pip install -e .[deepspeed]"),
     Package("megatron-core", "megatron.core", "no tensor-parallel layers; pip install -e .[deepspeed]"),
     Package("nvidia-dali-cuda130", "nvidia.dali", "images are decoded by pillow; pip install -e .[dali]"),
-    Package("mamba-ssm", "mamba_ssm", "DiM runs on the pure PyTorch scan; pip install --no-build-isolation -e .[mamba]"),
+    Package(
+        "mamba-ssm", "mamba_ssm", "DiM runs on the pure PyTorch scan; pip install --no-build-isolation -e .[mamba]"
+    ),
     Package("causal-conv1d", "causal_conv1d", "DiM runs on the PyTorch convolution; as mamba-ssm"),
 )
 
@@ -180,10 +188,13 @@ def _versions(distribution: str) -> str:
 
 def _package(package: Package) -> Check:
     distribution = package.distribution
-    if _version(distribution) is None and not import_facts(package.module)[0]:
-        return Check("packages", distribution, False, "not installed", package.meaning, package.required)
-    works, _, reason = import_facts(package.module)
-    detail = _versions(distribution) if works else f"{_version(distribution)} is installed but fails: {reason}"
+    works, _, reason = import_facts(package.module, package.facts)
+    if works:
+        detail = _versions(distribution)
+    elif _version(distribution) is None:
+        detail = "not installed"
+    else:
+        detail = f"{_version(distribution)} is installed but fails: {reason}"
     return Check("packages", distribution, works, detail, package.meaning, package.required)
 
 
@@ -198,7 +209,8 @@ def _torch() -> Check:
     where = f"CUDA {facts['cuda']}: {len(gpus)} x {gpus[0]}" if gpus else "CPU only"
     backends = [name for name in ("gloo", "nccl") if facts[name]]
     numbers = ", bf16" if facts["bf16"] else ""
-    return Check("packages", "torch", True, f"{_versions('torch')}, {where}{numbers}, {' and '.join(backends)}", meaning, True)
+    detail = f"{_versions('torch')}, {where}{numbers}, {' and '.join(backends)}"
+    return Check("packages", "torch", True, detail, meaning, required=True)
 
 
 def _python() -> Check:

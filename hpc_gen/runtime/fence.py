@@ -79,9 +79,7 @@ def claim_attempt(run_folder: RunFolder, stage: str, job: Job | None = None, wor
     }
     text = json.dumps({**facts, **_process_facts(), "time": clock.now()}, sort_keys=True, indent=1)
     folder = commit.make_folder(run_folder.journal)
-    number = 1 + max(
-        (int(p.stem) for p in folder.glob("*.attempt") if re.fullmatch(r"\d+", p.stem)), default=0
-    )
+    number = 1 + max((int(p.stem) for p in folder.glob("*.attempt") if re.fullmatch(r"\d+", p.stem)), default=0)
     while True:
         try:
             stream = commit.CommitStream(attempt_path(run_folder, number))
@@ -173,9 +171,7 @@ class Fence:
                 f"attempt {self.attempt} may not write to {self._path.parent} any more: {holder}; this process ends"
             )
         if lock.get("released"):
-            raise FencedError(
-                f"attempt {self.attempt} has ended and may not write to {self._path.parent} any more"
-            )
+            raise FencedError(f"attempt {self.attempt} has ended and may not write to {self._path.parent} any more")
 
     def release(self, cause: str) -> None:
         """Mark the run folder as free (rank 0, last thing of an attempt). Nothing happens when it is not ours."""

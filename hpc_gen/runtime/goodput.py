@@ -1,4 +1,4 @@
-"""The goodput receipt: every second that a rank was held is booked to what became of it, from the journal alone.
+"""The goodput receipt: what became of every second that a rank was held, from the journal alone.
 
 Categories (rank-seconds: wall seconds times ranks):
   productive   steps of training and units of work that are part of the run as it stands
@@ -6,13 +6,13 @@ Categories (rank-seconds: wall seconds times ranks):
   data_wait    steps waited for data
   save_stall   steps waited for a checkpoint to be copied away
   redone       steps above the point from which a later attempt went on, units begun and never committed
-  idle         held without training: other_s of the intervals (validation, previews), a rank that ended before others
+  idle         held without training: other_s of the intervals (validation, previews), a rank that ended early
   unknown      the rest: the tail of a killed attempt after its last report, clean-up, clocks that disagree
 Time between attempts is held by nobody; it is told apart (`waiting_s`) and enters only `ettr`.
 
 Read from: attempt_start{world_size, process_start, resumed_from}, interval{images_seen (at its end), images,
-productive_s, data_wait_s, save_stall_s, other_s}, rollback{resumed_from}, unit_begin{unit}, unit_committed{unit,
-seconds}, attempt_end.
+productive_s, data_wait_s, save_stall_s, other_s}, rollback{resumed_from}, unit_begin{unit},
+unit_committed{unit, seconds}, attempt_end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CATEGORIES = ("productive", "start_up", "data_wait", "save_stall", "redone", "id
 
 @dataclass(frozen=True)
 class AttemptReceipt:
-    """The receipt of one attempt; `seconds` in rank-seconds by category, `wall_s` from its start to its last sign."""
+    """The receipt of one attempt: rank-seconds by category; `wall_s` until its last sign of life."""
 
     number: int
     stage: str
@@ -42,7 +42,7 @@ class AttemptReceipt:
 
 @dataclass(frozen=True)
 class Goodput:
-    """The receipt of a run. All seconds are rank-seconds but `waiting_s` and `elapsed_s`, which are wall seconds."""
+    """The receipt of a run: rank-seconds by category; `elapsed_s` and `waiting_s` are wall seconds."""
 
     seconds: dict[str, float]
     attempts: list[AttemptReceipt] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Goodput:
 
     @property
     def ettr(self) -> float:
-        """Effective training time ratio: productive wall seconds by all wall seconds, waiting for nodes included."""
+        """Effective training time ratio: productive by all wall seconds, waiting for nodes included."""
         productive_s = sum(attempt.seconds["productive"] / attempt.world_size for attempt in self.attempts)
         return productive_s / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
@@ -97,7 +97,7 @@ def receipt_of(events: Iterable[Event]) -> Goodput:
 def _undone_above(
     attempt: Attempt, found: Sequence[Attempt], by_attempt: dict[tuple[int, str], dict[int, list[Event]]]
 ) -> float:
-    """The lowest images_seen from which a later attempt of the stage went on: what lay above it was undone."""
+    """The lowest images_seen from which a later attempt went on: what lay above it was undone."""
     points = [float("inf")]
     for later in found:
         if later.stage == attempt.stage and later.number > attempt.number:
@@ -108,14 +108,16 @@ def _undone_above(
 
 
 def _attempt_receipt(attempt: Attempt, tasks: dict[int, list[Event]], undone_above: float) -> AttemptReceipt:
-    """Book one attempt; ranks that wrote no journal are taken to be like those that did (training runs in lockstep)."""
+    """Book one attempt; ranks without a journal are taken to be like the others (they run in lockstep)."""
     world_size = max(attempt.world_size, len(tasks))
     end = max(event.t for task in tasks.values() for event in task)
     seconds = dict.fromkeys(CATEGORIES, 0.0)
     for task in tasks.values():
         for name, value in _task_seconds(task, end, undone_above).items():
             seconds[name] += value * world_size / len(tasks)
-    return AttemptReceipt(attempt.number, attempt.stage, world_size, attempt.start, end - attempt.start, seconds)
+    return AttemptReceipt(
+        attempt.number, attempt.stage, world_size, attempt.start, end - attempt.start, seconds
+    )
 
 
 def _task_seconds(events: Sequence[Event], attempt_end: float, undone_above: float) -> dict[str, float]:
@@ -151,18 +153,16 @@ def _task_seconds(events: Sequence[Event], attempt_end: float, undone_above: flo
 
 def _beginning(events: Sequence[Event]) -> tuple[float, float]:
     """Wall seconds at which the process began, and at which its first step or unit did."""
-    start = ready = events[0].t
+    began = [event for event in events if event.kind == "attempt_start"]
+    told = [event.fields.get("process_start") for event in began]
+    start = min([events[0].t, *(float(t) for t in told if isinstance(t, (int, float)))])
     for event in events:
-        if event.kind == "attempt_start":
-            process_start = event.fields.get("process_start")
-            start = min(start, process_start) if isinstance(process_start, (int, float)) else start
-            ready = event.t
-        elif event.kind == "unit_begin":
+        if event.kind == "unit_begin":
             return start, event.t
-        elif event.kind == "interval":
+        if event.kind == "interval":
             parts = ("productive_s", "data_wait_s", "save_stall_s", "other_s")
             return start, max(start, event.t - sum(_seconds(event, part) for part in parts))
-    return start, ready
+    return start, began[-1].t if began else start
 
 
 def _seconds(event: Event, name: str) -> float:

@@ -1,16 +1,17 @@
 """The journal: what happened in a run, told by each process in a file of its own and merged when read.
 
-One file per process, `journal/ATTEMPT_STAGE_TASK.jsonl`, one JSON object per line: {"t": wall seconds, "kind": ...,
-fields}. Files are only ever appended to, one `write` call per line, so a kill at any moment costs at most the line
-being written; readers skip such a torn line and count it. Nothing here may stop the work: a full or vanished disk
-makes the journal poorer, never the run fail. Status, goodput, the report and the wandb mirror are computed from it.
+One file per process, `journal/ATTEMPT_STAGE_TASK.jsonl`, one JSON object per line: {"t": wall seconds,
+"kind": ..., fields}. Files are only ever appended to, one `write` call per line, so a kill at any moment
+costs at most the line being written; readers skip such a torn line and count it. Nothing here may stop the
+work: a full or vanished disk makes the journal poorer, never the run fail. Status, goodput, the report and the
+wandb mirror are computed from it.
 
 Kinds that readers understand (others are kept as they are):
-  attempt_start{world_size, rank, host, process_start, resumed_from, identity}   process_start: wall seconds when the
-        process began; resumed_from: images_seen of the checkpoint loaded, None for a fresh start
+  attempt_start{world_size, rank, host, process_start, resumed_from, identity}   process_start: wall seconds
+        when the process began; resumed_from: images_seen of the checkpoint loaded, None for a fresh start
   attempt_end{exit_code, cause, images_seen}
-  row{images_seen, data}          numbers for the curves; the row of a checkpoint's images_seen must be written before
-        its save_begin, which makes all rows so far durable (that is why a resumed history has no holes)
+  row{images_seen, data}   numbers for the curves; the row of a checkpoint's images_seen must be written before
+        its save_begin, which makes all rows so far durable (so that a resumed history has no holes)
   rollback{images_seen, resumed_from}   training went back inside an attempt, to the checkpoint `resumed_from`
   interval, unit_begin, unit_committed  see goodput.py
 """
@@ -33,7 +34,8 @@ from hpc_gen.runtime.run_folder import RunFolder
 
 _FILE_NAME = re.compile(r"(\d{4,})_(.+)_(\d+)\.jsonl\Z")
 _CLAIM_NAME = re.compile(r"(\d{4,})\.attempt\Z")
-# After these a loss of power must not lose the lines before them: a checkpoint or an end refers to those lines.
+# After these a loss of power must not lose the lines before them: a checkpoint or an end refers to those
+# lines.
 _DURABLE_KINDS = frozenset({"save_begin", "attempt_end"})
 
 
@@ -46,7 +48,7 @@ def journal_path(run: RunFolder, attempt: int, stage: str, task: int) -> Path:
 
 
 class Journal:
-    """Appends lines to the file of one process. Safe to use from several threads (the save thread reports, too)."""
+    """Appends lines to the file of one process; may be used from several threads (the save thread's, too)."""
 
     def __init__(self, run: RunFolder, attempt: int, stage: str, task: int = 0) -> None:
         """`attempt` as claimed in fence.py; `task`: rank in training, number of the task in unit stages."""
@@ -58,9 +60,10 @@ class Journal:
         self._line_open = False  # the file ends in the middle of a line: end it before writing the next one
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        """Write one line. Numbers that JSON does not know (nan, inf) become strings; objects become their repr."""
+        """Write one line. Numbers that JSON does not know (nan, inf) become strings, objects their repr."""
         assert "t" not in fields and "kind" not in fields, "the journal writes t and kind itself"
-        line = json.dumps({"t": clock.now(), "kind": kind, **_plain(fields)}, allow_nan=False).encode() + b"\n"
+        content = {"t": clock.now(), "kind": kind, **_plain(fields)}
+        line = json.dumps(content, allow_nan=False).encode() + b"\n"
         with self._lock:
             try:
                 self._append(line)
@@ -70,8 +73,9 @@ class Journal:
                 self._count(error)
 
     def row(self, images_seen: int, data: dict[str, float]) -> None:
-        """Write the numbers measured at `images_seen`; a second row at the same place adds its keys to the first."""
-        self.event("row", images_seen=int(images_seen), data={key: float(value) for key, value in data.items()})
+        """Write the numbers measured at `images_seen`; a second row at a place adds its keys."""
+        numbers = {key: float(value) for key, value in data.items()}
+        self.event("row", images_seen=int(images_seen), data=numbers)
 
     def sync(self) -> None:
         """Make all lines so far survive a loss of power (done already by save_begin and attempt_end)."""
@@ -93,8 +97,8 @@ class Journal:
             self._descriptor = None
             if self.failed_writes:
                 print(
-                    f"journal: {self.failed_writes} writes to {self.path} failed ({self.last_error}); status and "
-                    "report of this attempt are incomplete, the work itself is not touched",
+                    f"journal: {self.failed_writes} writes to {self.path} failed ({self.last_error}); status "
+                    "and report of this attempt are incomplete, the work itself is not touched",
                     file=sys.stderr,
                 )
                 self.failed_writes = 0
@@ -191,7 +195,7 @@ class _File:
 
 
 class Reader:
-    """Reads a journal again and again at the cost of what was added; `stage` and `task` limit the files looked at."""
+    """Reads a journal again and again at the cost of what is new; `stage`, `task`: only files of these."""
 
     def __init__(self, run: RunFolder, stage: str | None = None, task: int | None = None) -> None:
         """Nothing is read yet."""
@@ -199,7 +203,7 @@ class Reader:
         self._files: dict[str, _File] = {}
 
     def events(self) -> Events:
-        """All events, by attempt, then time; the order inside one file is kept. A folder without journal: none."""
+        """All events, by attempt, then time; the order inside one file is kept. No journal: no events."""
         names = sorted(os.listdir(self._run.journal)) if self._run.journal.is_dir() else []
         torn = sum(self._update(name) for name in names)
         entries = [
@@ -234,7 +238,7 @@ class Reader:
 
 
 def read(run: RunFolder) -> Events:
-    """Merge the journals of all processes of a run; lines torn by a kill are skipped and counted in `.torn`."""
+    """Merge the journals of all processes of a run; lines torn by a kill are skipped, counted in `.torn`."""
     return Reader(run).events()
 
 
@@ -243,7 +247,7 @@ def read(run: RunFolder) -> Events:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a stage. Times in wall seconds. `end`, `exit_code` and `cause` are None when nobody lived to tell."""
+    """One start of a stage; times in wall seconds. No `end`, `exit_code`, `cause`: nobody lived to tell."""
 
     number: int
     stage: str
@@ -263,7 +267,7 @@ def attempts(run: RunFolder) -> list[Attempt]:
 
 
 def attempts_of(events: Iterable[Event], claims: dict[int, dict[str, Any]] | None = None) -> list[Attempt]:
-    """As `attempts`, from events read already; `claims` as in the files NNNN.attempt (written by fence.py)."""
+    """As `attempts`, from events read already; `claims`: contents of the files NNNN.attempt (fence.py)."""
     claims = claims or {}
     found: dict[tuple[int, str], Attempt] = {}
     for event in events:
@@ -338,8 +342,8 @@ class Row:
 def history(run: RunFolder, upto: int | None = None, *, stage: str = "train") -> list[Row]:
     """The rows of task 0 that are part of the run as it stands, ascending in images_seen, each place once.
 
-    Rows above the point from which a later attempt (or a rollback) went on were undone and are left out; a fresh
-    start undoes all. `upto`: leave out rows above this images_seen as well.
+    Rows above the point from which a later attempt (or a rollback) went on were undone and are left out; a
+    fresh start undoes all. `upto`: leave out rows above this images_seen as well.
     """
     return history_of(Reader(run, stage=stage, task=0).events(), upto)
 
@@ -354,7 +358,8 @@ def history_of(events: Iterable[Event], upto: int | None = None) -> list[Row]:
                 rows.pop()
         elif event.kind == "row":
             images_seen = int(event.fields["images_seen"])
-            data = {key: float(value) for key, value in event.fields["data"].items()}  # "nan" -> nan, "inf" -> inf
+            # float() also turns the texts "nan" and "inf" back into numbers.
+            data = {key: float(value) for key, value in event.fields["data"].items()}
             # Should the line that told of a resume be lost, rows that go back tell of it as well.
             while rows and rows[-1].images_seen > images_seen:
                 rows.pop()

@@ -1,21 +1,22 @@
-"""Start the processes of a stage on this machine and be their parent: pass signals on, watch, end them together.
+"""Start the processes of a stage on this machine and be their parent: watch, pass signals on, end together.
 
-`run_ranks` starts the ranks of one training job (what torchrun does on a laptop), `run_tasks` independent tasks that
-share the units of a stage. The parent survives SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 and sends each to every child;
-the children decide (runtime/stop.py) and their exit codes decide what the parent returns.
+`run_ranks` starts the ranks of one training job (what torchrun does on a laptop), `run_tasks` independent
+tasks that share the units of a stage. The parent survives SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 and sends each
+to every child; the children decide (runtime/stop.py) and their exit codes decide what the parent returns.
 
-How a child is tied to its parent. A child must not outlive a parent that was killed with SIGKILL: nobody would stop it
-and it would go on writing. Linux offers prctl(PR_SET_PDEATHSIG), which the child itself must call. subprocess'
-preexec_fn would run Python between fork and exec, where another thread of the parent (torch has many) may hold a lock
-that nobody will ever release, so it is not used: each child starts as a ten-line program (`_STUB`) that makes the call,
-makes sure that the parent has not died before it, and then becomes the wanted program by exec, which keeps the setting.
-The signal is tied to the *thread* that started the child: call run_ranks in a thread that lives as long as the job
-(it waits, so it does).
+How a child is tied to its parent. A child must not outlive a parent that was killed with SIGKILL: nobody
+would stop it and it would go on writing. Linux offers prctl(PR_SET_PDEATHSIG), which the child itself must
+call. subprocess' preexec_fn would run Python between fork and exec, where another thread of the parent (torch
+has many) may hold a lock that nobody will ever release, so it is not used: each child starts as a ten-line
+program (`_STUB`) that makes the call, makes sure that the parent has not died before it, and then becomes the
+wanted program by exec, which keeps the setting. The signal is tied to the *thread* that started the child:
+call run_ranks in a thread that lives as long as the job (it waits, so it does).
 
-Signals of a terminal reach a whole process group at once; each child leads a session of its own, so that Ctrl-C comes
-to the parent only and each child receives it once. A child begins with SIGTERM held back (`hold_sigterm`): the stop
-token lets it through once its handler stands, so a preemption in the seconds of importing torch ends in a clean
-"requeue" and not in a dead process. Programs that never install a stop token need hold_sigterm=False.
+Signals of a terminal reach a whole process group at once; each child leads a session of its own, so that
+Ctrl-C comes to the parent only and each child receives it once. A child begins with these signals held back
+(`hold_signals`): the stop token lets them through once its handlers stand, so a preemption in the seconds of
+importing torch ends in a clean "requeue" and not in a dead process. Programs that never install a stop token
+need hold_signals=False.
 """
 
 from __future__ import annotations
@@ -45,12 +46,11 @@ _TERMINATED = 128 + signal.SIGTERM
 _KILLED = 128 + signal.SIGKILL
 
 # What other launchers told the parent about itself must not reach children that are told otherwise.
-_FOREIGN_PREFIXES = ("TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_")
-_FOREIGN_NAMES = frozenset(
-    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME "
-    "MASTER_ADDR MASTER_PORT SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NTASKS SLURM_NPROCS SLURM_STEP_ID "
-    "SLURM_STEPID SLURM_STEP_NUM_TASKS SLURM_STEP_NUM_NODES SLURM_STEP_TASKS_PER_NODE HPC_GEN_TASK "
-    "HPC_GEN_NUM_TASKS".split()
+_FOREIGN_PREFIXES = ("TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "SLURM_STEP")
+_FOREIGN_NAMES = (
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE "
+    "ROLE_NAME MASTER_ADDR MASTER_PORT SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NTASKS SLURM_NPROCS "
+    "HPC_GEN_TASK HPC_GEN_NUM_TASKS"
 )
 
 _STUB = """
@@ -66,6 +66,9 @@ except OSError as error:
     print(f"launch: cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
     os._exit(127)
 """
+
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 @dataclass
@@ -87,19 +90,20 @@ def run_ranks(
     on_line: Callable[[str], None] | None = None,
     threads: int,
     grace_s: float = 30.0,
-    hold_sigterm: bool = True,
+    hold_signals: bool = True,
 ) -> int:
     """Run `argv` as `world_size` ranks on this machine and return the exit code of the whole.
 
     `env` is laid over the parent's environment; RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT and the thread counts over that. Output of rank 0 goes to `on_line` (called in a thread, without line
-    end; an exception in it is raised here when all is over), else to stdout; with `log_dir`, every rank's output,
-    rank 0's too, is appended to log_dir/rank_N.log. Without log_dir and on_line rank 0 simply inherits stdout, so that
-    it can draw on a terminal. Without log_dir the other ranks' stdout is dropped; their stderr is ours.
+    MASTER_PORT and the thread counts over that. Output of rank 0 goes to `on_line` (called in a thread,
+    without line end; an exception in it is raised here when all is over), else to stdout; with `log_dir`,
+    every rank's output, rank 0's too, is appended to log_dir/rank_N.log. Without log_dir and on_line rank 0
+    simply inherits stdout, so that it can draw on a terminal. Without log_dir the other ranks' stdout is
+    dropped; their stderr is ours.
 
     When a rank fails the others get SIGTERM and, `grace_s` seconds later, SIGKILL. Returned: 0 when all ranks
-    returned 0; 85, 86 or 87 when a rank ended with it and the others with that, 0 or SIGTERM; else the code of the
-    rank that failed first, 128 + N for one killed by signal N.
+    returned 0; 85, 86 or 87 when a rank ended with it and the others with that, 0 or SIGTERM; else the code
+    of the rank that failed first, 128 + N for one killed by signal N.
     """
     if world_size < 1:
         raise UserError(f"world_size is {world_size}; at least one rank is needed")
@@ -111,7 +115,7 @@ def run_ranks(
             "MASTER_PORT": str(port.getsockname()[1]),
         }
         own = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-        family = _Family(argv, "rank", own, env, log_dir, on_line, threads, grace_s, hold_sigterm)
+        family = _Family(argv, "rank", own, env, log_dir, on_line, threads, grace_s, hold_signals)
         return family.run()
 
 
@@ -124,16 +128,17 @@ def run_tasks(
     on_line: Callable[[str], None] | None = None,
     threads: int,
     grace_s: float = 30.0,
-    hold_sigterm: bool = True,
+    hold_signals: bool = True,
 ) -> int:
-    """As `run_ranks`, for tasks that do not talk to each other: HPC_GEN_TASK and HPC_GEN_NUM_TASKS instead of ranks.
+    """As `run_ranks` for tasks that do not talk to each other: they get HPC_GEN_TASK and HPC_GEN_NUM_TASKS.
 
-    A failing task stops the others, too: the stage cannot be completed without it, and what they committed stays.
+    A failing task stops the others, too: the stage cannot be completed without it, and what they committed
+    stays.
     """
     if tasks < 1:
         raise UserError(f"tasks is {tasks}; at least one task is needed")
     own = [{"HPC_GEN_TASK": str(task), "HPC_GEN_NUM_TASKS": str(tasks)} for task in range(tasks)]
-    return _Family(argv, "task", own, env, log_dir, on_line, threads, grace_s, hold_sigterm).run()
+    return _Family(argv, "task", own, env, log_dir, on_line, threads, grace_s, hold_signals).run()
 
 
 class _Family:
@@ -149,12 +154,12 @@ class _Family:
         on_line: Callable[[str], None] | None,
         threads: int,
         grace_s: float,
-        hold_sigterm: bool,
+        hold_signals: bool,
     ) -> None:
         self._argv = [os.fspath(part) for part in argv]
         self._word, self._own, self._env = word, own, env
         self._log_dir, self._on_line, self._threads = log_dir, on_line, threads
-        self._grace_s, self._hold_sigterm = grace_s, hold_sigterm
+        self._grace_s, self._hold_signals = grace_s, hold_signals
         self._children: list[_Child] = []
         self._received: list[signal.Signals] = []
         self._failure: BaseException | None = None  # of on_line, raised at the end
@@ -174,33 +179,37 @@ class _Family:
                 if child.reader is not None:
                     child.reader.join(timeout=5.0)  # a grandchild may keep the pipe open for ever
             for number, handler in old.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._failure is not None:
             raise self._failure
         return _verdict([child.code or 0 for child in self._children], first)
 
-    def _install_handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None]:
+    def _install_handlers(self) -> dict[signal.Signals, _Handler]:
         if threading.current_thread() is not threading.main_thread():
             return {}  # Python hands signals to the main thread alone; there the caller must deal with them
-        # The handler only takes a note: signals come in the middle of anything, two or three times in containers.
-        return {
+        # The handler only takes a note: signals come in the middle of anything, in containers several times.
+        old: dict[signal.Signals, _Handler] = {
             number: signal.signal(number, lambda got, frame: self._received.append(signal.Signals(got)))
             for number in _FORWARDED
         }
+        # A Slurm stub may have held signals back for us as we do for our children.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+        return old
 
     def _start(self, number: int) -> _Child:
+        foreign = _FOREIGN_NAMES.split()
         variables = {
             name: value
             for name, value in {**environment.child_environment(), **self._env}.items()
-            if name not in _FOREIGN_NAMES and not name.startswith(_FOREIGN_PREFIXES)
+            if name not in foreign and not name.startswith(_FOREIGN_PREFIXES)
         }
         variables.update(self._own[number])
         variables.update(OMP_NUM_THREADS=str(self._threads), MKL_NUM_THREADS=str(self._threads))
         listened = number == 0 and self._on_line is not None
         piped = listened or self._log_dir is not None
         output = subprocess.PIPE if piped else None if number == 0 else subprocess.DEVNULL
-        # A mask is inherited through fork and exec, so there is no moment at which SIGTERM would kill the stub.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if self._hold_sigterm else set())
+        # A mask is inherited through fork and exec: there is no moment at which a signal kills the stub.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED if self._hold_signals else ())
         try:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _STUB, str(os.getpid()), *self._argv],
@@ -220,7 +229,7 @@ class _Family:
         return _Child(number, process, reader)
 
     def _read(self, number: int, pipe: IO[bytes]) -> None:
-        """Drain the output of a child to the end, whatever goes wrong here: a full pipe would stop the child."""
+        """Drain the output of a child to its end, whatever goes wrong here: a full pipe stops the child."""
         log: IO[bytes] | None = None
         log_path = self._log_path(number)
         if log_path is not None:
@@ -267,7 +276,7 @@ class _Family:
                     if child.code:
                         failed.append((child.code, child))
             if first is None and failed:
-                # Within one tick nobody knows who was first; a code of ours says more than a broken connection.
+                # Within one tick nobody knows who was first; our codes say more than a broken connection.
                 first, child = min(failed, key=lambda item: _telling(item[0]))
                 if first in _COLLECTIVE:
                     terminate_at = clock.monotonic() + self._grace_s
@@ -339,7 +348,7 @@ def _verdict(codes: Sequence[int], first: int | None) -> int:
 
 
 class _ReservedPort:
-    """A free TCP port that stays ours: the socket is held bound, not listening, so no other launcher is given it.
+    """A free TCP port that stays ours: the socket is held bound, not listening, so nobody else is given it.
 
     Both this socket and torch's store set SO_REUSEADDR, and Linux then allows the second to listen.
     """

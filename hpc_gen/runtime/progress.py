@@ -50,7 +50,7 @@ class Progress:
             self._open_bar()
 
     def update(self, done: int, **fields: object) -> None:
-        """Report that `done` of total is done; `fields` (loss=0.12, ...) are shown behind, floats with 4 digits."""
+        """Report that `done` of total is done; `fields` (loss=0.12, ...) are shown behind, with 4 digits."""
         now = clock.monotonic()
         self.done, self._fields = done, fields or self._fields
         self._samples.append((now, done))
@@ -136,7 +136,9 @@ class Progress:
         )
         self._bar = RichProgress(*columns, console=Console(file=self._stream), transient=False)
         self._bar.start()
-        self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, unit=self.unit, tail="")
+        self._task = self._bar.add_task(
+            self.label, total=self.total, completed=self.done, unit=self.unit, tail=""
+        )
 
 
 def _format_field(value: object) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,28 +86,37 @@ def _digest(seed: int, purpose: str, num_bytes: int) -> bytes:
 
 
 class _Engine(threading.local):
-    """One Philox per thread, set to a (key, n, k) before each draw: faster than building a generator each
-    time.
-    """
+    """One Philox per thread, set to (key, n, k) before each draw: faster than building a generator each time."""
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
         self.generator = np.random.Generator(self.philox)
         self.state: Any = self.philox.state
+        self.key = self.state["state"]["key"]
+        self.counter = self.state["state"]["counter"]
 
     def at(self, key: int, n: int, k: int) -> np.random.Generator:
-        """The generator at the beginning of draw (n, k) of a stream; valid until the next call in this
-        thread.
-        """
+        """The generator at the beginning of draw (n, k) of a stream; valid until the next call in this thread."""
         if not (0 <= n <= _WORD and 0 <= k <= _WORD):
             raise ValueError(f"draw (n={n}, k={k}) is out of range; both lie in [0, 2**64)")
-        state = self.state
-        state["state"]["key"][:] = (key & _WORD, key >> 64)
-        state["state"]["counter"][:] = (0, 0, n, k)
-        state["buffer_pos"] = 4  # nothing left over from the last draw
-        state["has_uint32"] = 0
-        self.philox.state = state
+        self.key[:] = (key & _WORD, key >> 64)
+        self.counter[:] = (0, 0, n, k)
+        self.state["buffer_pos"] = 4  # nothing left over from the last draw
+        self.state["has_uint32"] = 0
+        self.philox.state = self.state
         return self.generator
+
+    def each(self, key: int, ns: Sequence[int], k: int, rows: Array) -> Iterator[tuple[np.random.Generator, Array]]:
+        """The generator at (n, k) and the row to fill, for each n; sets only what differs between them."""
+        if len(ns) == 0:
+            return
+        self.at(key, min(ns), k)
+        generator = self.at(key, max(ns), k)
+        philox, state, counter = self.philox, self.state, self.counter
+        for n, row in zip(ns, rows, strict=True):
+            counter[2] = n
+            philox.state = state
+            yield generator, row
 
 
 _engine = _Engine()
@@ -115,23 +124,21 @@ _engine = _Engine()
 
 def _fill(distribution: Distribution, rows: Array, key: int, ns: Sequence[int], k: int) -> None:
     """Fill row i of `rows` [len(ns), numbers] with the draw (ns[i], k)."""
-    at = _engine.at
     if isinstance(distribution, Normal):
-        for row, n in zip(rows, ns, strict=True):
-            at(key, n, k).standard_normal(out=row, dtype=np.float32)
+        for generator, row in _engine.each(key, ns, k, rows):
+            generator.standard_normal(out=row, dtype=np.float32)
     elif isinstance(distribution, Uniform):
-        for row, n in zip(rows, ns, strict=True):
-            at(key, n, k).random(out=row, dtype=np.float32)
+        for generator, row in _engine.each(key, ns, k, rows):
+            generator.random(out=row, dtype=np.float32)
         low, high = np.float32(distribution.low), np.float32(distribution.high)
         if (distribution.low, distribution.high) != (0.0, 1.0):
             rows *= high - low
             rows += low
             np.clip(rows, low, np.nextafter(high, low), out=rows)  # rounding may reach high itself
     else:
-        for row, n in zip(rows, ns, strict=True):
-            row[:] = at(key, n, k).integers(
-                distribution.low, distribution.high, size=row.size, dtype=np.int64
-            )
+        first, end = distribution.low, distribution.high
+        for generator, row in _engine.each(key, ns, k, rows):
+            row[:] = generator.integers(first, end, size=row.size, dtype=np.int64)
 
 
 class Stream:

@@ -143,12 +143,13 @@ def expand_nodelist(text: str) -> list[str]:
     gpu002-ib.
     """
     hosts: list[str] = []
-    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text.strip()):
+    item_pattern = r"(?:[^,\s\[\]]|\[[^\[\]]+\])+"
+    if not re.fullmatch(f"{item_pattern}(?:,{item_pattern})*", text.strip()):
+        raise UserError(f"SLURM_JOB_NODELIST={text!r} is not a node list; set MASTER_ADDR to the first host")
+    for item in re.findall(item_pattern, text):
         pieces = re.split(r"(\[[^\]]*\])", item)
         choices = [_expand_range(piece) if piece.startswith("[") else [piece] for piece in pieces]
         hosts += ["".join(parts) for parts in itertools.product(*choices)]
-    if not hosts or any(set("[]") & set(host) for host in hosts):
-        raise UserError(f"SLURM_JOB_NODELIST={text!r} is not a node list; set MASTER_ADDR to the first host")
     return hosts
 
 

@@ -67,9 +67,7 @@ class StopToken:
     def install(self) -> None:
         """Take over SIGTERM, SIGUSR1, SIGUSR2 and SIGINT, then unblock them: one that was held back while the
         process started is delivered now. Idempotent; only in the main thread (Python allows no other)."""
-        assert threading.current_thread() is threading.main_thread(), (
-            "signal handlers belong to the main thread"
-        )
+        assert threading.current_thread() is threading.main_thread(), "signal handlers belong to the main thread"
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, set(_SIGNALS))

@@ -70,8 +70,8 @@ class SamplePlan:
             below = self.num_images - self.num_images % self.num_classes
             near = f"{below} or {below + self.num_classes}" if below else f"{self.num_classes}"
             raise UserError(
-                f"sample.num_images {self.num_images} is not a multiple of the {self.num_classes} classes, so the class "
-                f"plan '{self.classes}' cannot give each class the same count; use {near}, or sample.classes=uniform"
+                f"sample.num_images {self.num_images} is not a multiple of the {self.num_classes} classes, so the plan "
+                f"'{self.classes}' cannot give each class the same count; use {near}, or sample.classes=uniform"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +131,8 @@ class SamplePlan:
         if found.hash == self.hash:
             return
         mine, theirs = self.to_json(), found.to_json()
-        name = next(name for name in mine if mine[name] != theirs.get(name))
+        different = [name for name in mine if mine[name] != theirs.get(name)]
+        name = next((name for name in different if name != "run_identity"), "run_identity")  # a cause before its hash
         raise UserError(
             f"{path} is another plan: {name} is {theirs.get(name)!r} there and {mine[name]!r} now; "
             "use another sample.tag, or remove the folder"

@@ -37,7 +37,9 @@ TOKENIZERS: Mapping[str, Callable[..., Tokenizer]] = {"identity": Identity}
 def build(name: str, **settings: Any) -> Tokenizer:
     """A tokenizer by name. Raises UserError for an unknown name or a setting it does not have."""
     if name not in TOKENIZERS:
-        raise UserError(f"unknown tokenizer {name!r}{nearest(name, TOKENIZERS)}; known: {', '.join(sorted(TOKENIZERS))}")
+        raise UserError(
+            f"unknown tokenizer {name!r}{nearest(name, TOKENIZERS)}; known: {', '.join(sorted(TOKENIZERS))}"
+        )
     try:
         return TOKENIZERS[name](**settings)
     except TypeError as error:

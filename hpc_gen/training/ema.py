@@ -33,12 +33,16 @@ class EmaSet:
             }
             for role, module in modules.items()
         }
+        # decided once: turns switch requires_grad of other roles off and on
+        self._trained = {
+            role: [key for key, p in module.named_parameters() if p.requires_grad] for role, module in modules.items()
+        }
 
     def update(self, roles: Sequence[str]) -> None:
-        """Advance the averages of these roles towards the current weights; frozen parameters are copied as they are."""
+        """Advance the averages of these roles towards the current weights; frozen parameters stay as they began."""
         for role in roles:
             parameters = dict(self._modules[role].named_parameters())
-            trained = [key for key, p in parameters.items() if p.requires_grad]
+            trained = self._trained[role]
             for name, decay in self.decays.items():
                 average = self.averages[role][name]
                 update_ema_([average[key] for key in trained], [parameters[key].detach() for key in trained], decay)

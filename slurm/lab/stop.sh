@@ -22,10 +22,14 @@ daemons() {
     if grep -aqF -- "$lab/" "/proc/$pid/environ" "/proc/$pid/cmdline" 2>/dev/null; then echo "$pid"; fi
   done
 }
-# the host name namespaces of these processes, ours excepted: every process in one of them is a job of a node
+# the host name namespaces of these processes, ours excepted: every process in one of them belongs to a node
 namespaces_of() {
   local pid
   for pid in "$@"; do readlink "/proc/$pid/ns/uts" 2>/dev/null; done | sort -u | grep -vxF "$(readlink /proc/self/ns/uts)"
+}
+members_of() {   # $1: namespaces, one per line
+  find /proc -maxdepth 3 -path '/proc/[0-9]*/ns/uts' -printf '%h %l\n' 2>/dev/null | grep -F -- "$1" |
+    sed 's#/proc/\([0-9]*\)/ns .*#\1#'
 }
 wait_for_end() {   # $1: how many times 50 ms
   for _ in $(seq "$1"); do [ -z "$(daemons)" ] && return; sleep 0.05; done
@@ -36,8 +40,13 @@ if [ -e "$lab/.slurm_lab" ]; then
   {
     namespaces=$(namespaces_of $(daemons))
     if [ -n "$namespaces" ]; then
-      find /proc -maxdepth 3 -path '/proc/[0-9]*/ns/uts' -printf '%h %l\n' 2>/dev/null | grep -F -- "$namespaces" |
-        sed 's#/proc/\([0-9]*\)/ns .*#\1#' | xargs -r kill -KILL 2>/dev/null
+      # again and again: a process may have forked between the look and the kill
+      for _ in $(seq 100); do
+        members=$(members_of "$namespaces")
+        [ -n "$members" ] || break
+        kill -KILL $members 2>/dev/null
+        sleep 0.05
+      done
     fi
     # slurmctld alone would wait many seconds for nodes that are gone; nothing of it is needed again
     kill $(daemons) 2>/dev/null; wait_for_end 20

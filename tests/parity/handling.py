@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from compare import Produced
 from golden_files import PARITY_FOLDER, REPOSITORY, Case, OfficialModel
@@ -81,3 +82,26 @@ def load_handlers() -> None:
 
     for path in sorted(PARITY_FOLDER.glob("handlers_*.py")):
         importlib.import_module(path.stem)
+
+
+def official_differences(facts: ModelFacts, record: dict[str, Any]) -> list[str]:
+    """One line per difference between our model and the official record; order of keys included."""
+    expected = {name: tuple(shape) for name, shape in record["state_dict"].items()}
+    found = []
+    if missing := [name for name in expected if name not in facts.state_dict]:
+        found.append(f"keys we lack: {missing[:10]}")
+    if unknown := [name for name in facts.state_dict if name not in expected]:
+        found.append(f"keys only we have: {unknown[:10]}")
+    for name, shape in expected.items():
+        if name in facts.state_dict and facts.state_dict[name] != shape:
+            found.append(f"{name}: shape {list(facts.state_dict[name])} instead of {list(shape)}")
+    if not found and list(facts.state_dict) != list(expected):
+        found.append("keys are the same but in another order")
+    pairs = (
+        ("params", facts.num_params),
+        ("trainable", facts.num_trainable),
+        ("buffers", list(facts.buffers)),
+        ("frozen", list(facts.frozen)),
+    )
+    found += [f"{key}: {ours} instead of {record[key]}" for key, ours in pairs if key in record and record[key] != ours]
+    return found

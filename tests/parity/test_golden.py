@@ -11,7 +11,7 @@ import pytest
 from compare import compare
 from expected_failures import case_reason, official_reason
 from golden_files import Case, OfficialModel, cases, official_models, roots
-from handling import ModelFacts, NotHandled, case_handler, load_handlers, official_handler
+from handling import NotHandled, case_handler, load_handlers, official_differences, official_handler
 
 load_handlers()
 
@@ -50,26 +50,3 @@ def test_official(model: OfficialModel) -> None:
     differences = official_differences(facts, model.record)
     if differences:
         pytest.fail(f"{model.id}:\n" + "\n".join(differences), pytrace=False)
-
-
-def official_differences(facts: ModelFacts, record: dict[str, Any]) -> list[str]:
-    """One line per difference between our model and the official record; order of keys included."""
-    expected = {name: tuple(shape) for name, shape in record["state_dict"].items()}
-    found = []
-    if missing := [name for name in expected if name not in facts.state_dict]:
-        found.append(f"keys we lack: {missing[:10]}")
-    if unknown := [name for name in facts.state_dict if name not in expected]:
-        found.append(f"keys only we have: {unknown[:10]}")
-    for name, shape in expected.items():
-        if name in facts.state_dict and facts.state_dict[name] != shape:
-            found.append(f"{name}: shape {list(facts.state_dict[name])} instead of {list(shape)}")
-    if not found and list(facts.state_dict) != list(expected):
-        found.append("keys are the same but in another order")
-    pairs = (
-        ("params", facts.num_params),
-        ("trainable", facts.num_trainable),
-        ("buffers", list(facts.buffers)),
-        ("frozen", list(facts.frozen)),
-    )
-    found += [f"{key}: {ours} instead of {record[key]}" for key, ours in pairs if key in record and record[key] != ours]
-    return found

@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[slurm_lab.Lab]:
-    """A running lab of four nodes with accounting; GraceTime 10 s."""
+    """A running lab of four nodes with accounting; GraceTime 30 s, so that a busy machine is in time."""
     global _skip_reason
     _skip_reason = slurm_lab.why_not()
     if _skip_reason is not None:
@@ -48,7 +48,7 @@ def lab() -> Iterator[slurm_lab.Lab]:
     parent.chmod(0o755)
     base = slurm_lab.free_port_base(4, first=18000 + os.getpid() % 100 * 100)
     try:
-        yield slurm_lab.start(parent / "lab", nodes=4, port_base=base, prefix=f"t{base}n")
+        yield slurm_lab.start(parent / "lab", nodes=4, port_base=base, prefix=f"t{base}n", grace_s=30)
     finally:
         slurm_lab.stop(parent / "lab", purge=True)
         shutil.rmtree(parent, ignore_errors=True)

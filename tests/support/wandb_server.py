@@ -1,8 +1,10 @@
-"""A stand-in for the wandb server: enough of its protocol to start, resume, feed and finish runs, on loopback.
+"""A stand-in for the wandb server: enough of its protocol to start, resume, feed and finish runs, on
+loopback.
 
-Written from the observed behaviour of the 0.31 client (what it asks and what it needs answered); it says nothing of
-the vendor's server. Lines of a run's files are kept by their offset, so a repeated transmission overwrites itself, as
-the client expects. `WandbServer.history` is what a person would see: the rows as they lie on the server.
+Written from the observed behaviour of the 0.31 client (what it asks and what it needs answered); it says
+nothing of the vendor's server. Lines of a run's files are kept by their offset, so a repeated transmission
+overwrites itself, as the client expects. `WandbServer.history` is what a person would see: the rows as they
+lie on the server.
 
     with WandbServer() as server:
         environment = server.environment(tmp_path)     # for a process that uses wandb
@@ -97,7 +99,9 @@ class WandbServer:
         }
 
     def history(self, project: str, run_id: str) -> list[dict[str, Any]]:
-        """The rows of a run in order; none for a run that does not exist. A hole in the numbering is an error."""
+        """The rows of a run in order; none for a run that does not exist. A hole in the numbering is an
+        error.
+        """
         with self.lock:
             run = self.runs.get((project, run_id), RemoteRun())
             assert run.holes(HISTORY) == 0, f"{run.holes(HISTORY)} lines of the history were never sent"
@@ -132,7 +136,9 @@ class WandbServer:
         if run.started:
             bucket = self._bucket(project, run_id, run)
             bucket |= {
-                "wandbConfig": json.dumps({"t": 1}),  # without the key "t" the client takes the run for a new one
+                "wandbConfig": json.dumps(
+                    {"t": 1}
+                ),  # without the key "t" the client takes the run for a new one
                 "summaryMetrics": (run.last("wandb-summary.json") or ["{}"])[0],
                 "historyTail": json.dumps(run.last(HISTORY)),
                 "eventsTail": json.dumps(run.last("wandb-events.jsonl")),
@@ -157,7 +163,9 @@ class WandbServer:
         return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
 
     def graphql(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Answer one GraphQL request; unknown operations get an error, which the client tolerates where it may."""
+        """Answer one GraphQL request; unknown operations get an error, which the client tolerates where it
+        may.
+        """
         match = re.search(r"(?:query|mutation)\s+(\w+)", question["query"])
         operation = match[1] if match else ""
         with self.lock:

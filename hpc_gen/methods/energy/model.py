@@ -51,7 +51,7 @@ def normalise(x_BND: Tensor) -> Tensor:
 
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Scale and shift every token of a sample alike."""
-    return torch.addcmul(shift_BD[:, None], x_BND, 1 + scale_BD[:, None])
+    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 def adaptive_parameters(width: int, chunks: int) -> nn.Sequential:
@@ -140,9 +140,9 @@ class Block(nn.Module):
         """Tokens [B, N, D]; `c_BD` is the condition."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         attended_BND = self.attn(modulate(normalise(x_BND), shift_msa, scale_msa))
-        x_BND = torch.addcmul(x_BND, gate_msa[:, None], attended_BND)
+        x_BND = x_BND + gate_msa[:, None] * attended_BND
         fed_BND = self.mlp(modulate(normalise(x_BND), shift_mlp, scale_mlp))
-        return torch.addcmul(x_BND, gate_mlp[:, None], fed_BND)
+        return x_BND + gate_mlp[:, None] * fed_BND
 
 
 class FinalLayer(nn.Module):

@@ -1,0 +1,401 @@
+"""The command line. One command, every heavy import inside the command that needs it: `--help` starts no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpc_gen.runtime import env
+from hpc_gen.runtime.errors import UserError
+
+app = typer.Typer(
+    name="hpc-gen",
+    help="Train, resume, sample and score image generators on machines that are taken away at any moment.\n\n"
+    "Begin with: hpc-gen demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show experiments and the keys they may have.")
+shards_app = typer.Typer(no_args_is_help=True, help="Fetch images, look into tables and verify them.")
+weights_app = typer.Typer(no_args_is_help=True, help="Weights of metric networks.")
+checkpoints_app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
+
+Workspace = Annotated[
+    Path | None,
+    typer.Option("--workspace", "-w", help="Folder of runs, tables and downloads [$HPC_GEN_WORKSPACE, else here]."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would happen and change nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="For other programs.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Path of a run folder, or a name below WORKSPACE/runs.")]
+TableFolder = Annotated[str, typer.Argument(metavar="TABLE", help="Folder of a table, relative to WORKSPACE.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Experiment file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Keys that replace those of the file.", show_default=False),
+]
+Stages = Annotated[str | None, typer.Option("--stages", help="Only these stages, as in train,sample.")]
+
+
+def say(line: str = "") -> None:
+    """Print one line at once, also into a pipe."""
+    typer.echo(line)
+
+
+def _example(*commands: str) -> str:
+    """Text below the options; the backspace keeps click from filling the lines."""
+    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def _workspace(given: Path | None) -> Path:
+    return given.absolute() if given is not None else env.workspace()
+
+
+def _names(stages: str | None) -> list[str] | None:
+    return [name for name in stages.split(",") if name] if stages else None
+
+
+def _run(text: str, workspace: Path | None) -> Any:
+    from hpc_gen.stages.control import find_run
+
+    return find_run(text, _workspace(workspace))
+
+
+def _end(code: int) -> None:
+    """Leave with an exit code that a batch script can decide by."""
+    raise typer.Exit(int(code))
+
+
+@app.command(epilog=_example("hpc-gen demo", "hpc-gen demo --workspace /tmp/try"))
+def demo(workspace: Workspace = None, dry_run: DryRun = False) -> None:
+    """Everything once, here and now, on real images.
+
+    About six minutes on two cores, installation apart. Images become shards, a generator trains on two processes, is
+    preempted and resumes exactly, samples are drawn and scored, a report is written. A second call repeats nothing.
+    """
+    from hpc_gen.stages import demo as steps
+
+    if dry_run:
+        _print_plan(str(steps.CONFIG), [], workspace, None)
+    else:
+        _end(steps.run_demo(_workspace(workspace), say))
+
+
+@app.command(
+    epilog=_example(
+        "hpc-gen run job_configs/demo/mnist16.yaml",
+        "hpc-gen run job_configs/demo/mnist16.yaml name=quick train.total_images=6400 --dry-run",
+    )
+)
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    stages: Stages = None,
+    dry_run: DryRun = False,
+) -> None:
+    """All stages of an experiment on this machine.
+
+    They work in the run folder WORKSPACE/runs/NAME, NAME being the key `name`. The same command again goes on where it
+    was: done units and images are not repeated.
+    """
+    if dry_run:
+        _print_plan(config, overrides or [], workspace, stages)
+        return
+    from hpc_gen.config import loader
+    from hpc_gen.stages import runner
+
+    resolved = loader.load(config, overrides or [])
+    folder = runner.prepare_run(resolved, _workspace(workspace))
+    _end(runner.run_stages(folder, _names(stages), say))
+
+
+def _print_plan(config: str, overrides: list[str], workspace: Path | None, stages: str | None) -> None:
+    from hpc_gen.config import loader
+    from hpc_gen.runtime.run_folder import RunFolder
+    from hpc_gen.stages import run_setup, runner
+    from hpc_gen.stages.control import runs_folder
+
+    resolved = run_setup.typed(loader.load(config, overrides))
+    folder = RunFolder(runs_folder(_workspace(workspace)) / resolved.experiment.name)
+    for line in runner.plan(folder, resolved, _names(stages)):
+        say(line)
+
+
+@app.command(
+    epilog=_example("hpc-gen stage mnist16 train", "torchrun --nproc-per-node 2 -m hpc_gen.cli stage mnist16 train")
+)
+def stage(run: Run, name: Annotated[str, typer.Argument(metavar="NAME", help="Stage, as `encode` or `train`.")],
+          workspace: Workspace = None, dry_run: DryRun = False) -> None:  # fmt: skip
+    """One stage of a run, in this very process.
+
+    This is what a task runs; torchrun, srun and plain python start it alike.
+    """
+    _stage(run, name, workspace, dry_run)
+
+
+def _stage(text: str, name: str, workspace: Path | None, dry_run: bool) -> None:
+    from hpc_gen.stages import runner
+
+    folder = _run(text, workspace)
+    if dry_run:
+        for line in runner.plan(folder, runner.load_run(folder), [name]):
+            say(line)
+    else:
+        _end(runner.run_stage(folder, name))
+
+
+def _short_form(name: str, what: str) -> None:
+    """`hpc-gen NAME RUN` as a short form of `hpc-gen stage RUN NAME`."""
+
+    def command(run: Run, workspace: Workspace = None, dry_run: DryRun = False) -> None:
+        _stage(run, name, workspace, dry_run)
+
+    text = f"{what}\n\nShort for: hpc-gen stage RUN {name}"
+    app.command(name, help=text, epilog=_example(f"hpc-gen {name} mnist16"))(command)
+
+
+_short_form("encode", "Turn the images of a run into shards.")
+_short_form("train", "Train, from the newest whole checkpoint if there is one.")
+_short_form("sample", "Draw the samples of a run.")
+_short_form("evaluate", "Compute the metrics of a run.")
+_short_form("report", "Write the report of a run.")
+
+
+@app.command(epilog=_example("hpc-gen status mnist16", "hpc-gen status runs/mnist16 --json"))
+def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
+    """What a run has done and is doing, in plain words.
+
+    Stages, attempts, last numbers, goodput and checkpoints, from the run folder alone.
+    """
+    from hpc_gen.stages import status as reading
+
+    found = reading.status(_run(run, workspace))
+    if json:
+        _print_json(found.to_json())
+        return
+    for line in reading.lines(found):
+        say(line)
+
+
+@app.command(epilog=_example("hpc-gen preempt mnist16 --wait"))
+def preempt(
+    run: Run,
+    workspace: Workspace = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the attempt has ended.")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Longest wait, in seconds.")] = 300.0,
+    dry_run: DryRun = False,
+) -> None:
+    """Ask a running attempt to save and end, as Slurm would.
+
+    Nothing is lost, and `hpc-gen resume` goes on. SIGTERM is sent to an attempt on this host, one on another host
+    finds a PREEMPT file in the run folder.
+    """
+    from hpc_gen.stages import control
+
+    ended = control.preempt(_run(run, workspace), say, dry_run=dry_run, wait_s=timeout_s if wait else None)
+    _end(0 if ended else UserError.exit_code)
+
+
+@app.command(epilog=_example("hpc-gen resume mnist16"))
+def resume(run: Run, workspace: Workspace = None, stages: Stages = None, dry_run: DryRun = False) -> None:
+    """Go on with a run, from its folder alone.
+
+    Its frozen config, the units that are committed and the newest whole checkpoint say what is left to do.
+    """
+    from hpc_gen.stages import runner
+
+    folder = _run(run, workspace)
+    if dry_run:
+        for line in runner.plan(folder, runner.load_run(folder), _names(stages)):
+            say(line)
+    else:
+        _end(runner.run_stages(folder, _names(stages), say))
+
+
+@app.command(epilog=_example("hpc-gen doctor", "hpc-gen doctor --json"))
+def doctor(workspace: Workspace = None, json: Json = False) -> None:
+    """What this machine offers, and what is missing.
+
+    Packages are looked at by a real import; then programs, GPUs, cores and disk space. What is missing is told with
+    what its absence means.
+    """
+    from hpc_gen.runtime import doctor as looking
+
+    checks = looking.examine(_workspace(workspace), lambda line: typer.echo(line, err=True))
+    if json:
+        say(looking.to_json(checks))
+    else:
+        for check in checks:
+            mark = "ok     " if check.ok else "MISSING" if check.required else "absent "
+            say(f"{mark} {check.name:<20} {check.detail}")
+            if not check.ok and check.meaning:
+                say(f"{'':28} -> {check.meaning}")
+        say("everything required works" if looking.healthy(checks) else "something required is missing")
+    _end(0 if looking.healthy(checks) else UserError.exit_code)
+
+
+@config_app.command(
+    "show", epilog=_example("hpc-gen config show job_configs/demo/mnist16.yaml train.optimizer.lr=1e-4")
+)
+def config_show(
+    config: Config,
+    overrides: Overrides = None,
+    sources: Annotated[bool, typer.Option("--sources", help="Say where each key comes from.")] = False,
+) -> None:
+    """The whole experiment, checked, with every default.
+
+    Printed as YAML that `run` accepts, with the hashes.
+    """
+    from hpc_gen.config import describe, loader
+    from hpc_gen.stages.run_setup import typed
+
+    resolved = typed(loader.load(config, overrides or []))
+    if sources:
+        for key, value in loader.flat(resolved).items():
+            say(f"{key} = {describe.show(value)}  # {resolved.sources.get(key, 'default')}")
+    else:
+        say(resolved.to_yaml().rstrip())
+    say(f"# identity  {resolved.identity}\n# operation {resolved.operation}")
+
+
+@config_app.command("schema", epilog=_example("hpc-gen config schema", "hpc-gen config schema --method energy"))
+def config_schema(
+    json: Annotated[bool, typer.Option("--json", help="As a JSON schema, for editors.")] = False,
+    method: Annotated[str | None, typer.Option("--method", help="The keys of a method and its sampler too.")] = None,
+) -> None:
+    """Every key that an experiment may have.
+
+    What it allows, its default in brackets, its meaning; * marks keys that are not part of the identity.
+    """
+    from hpc_gen.config import describe, loader
+
+    if json:
+        _print_json(loader.schema())
+        return
+    facts = loader.key_facts()
+    if method is not None:
+        from hpc_gen.methods import registry
+
+        entry = registry.entry(method)
+        facts += describe.keys(entry.config, "method.")
+        facts += describe.keys(entry.settings, "sample.settings.")
+    for fact in facts:
+        say(f"{fact.key}{'*' if fact.operation else ''}: {fact.allowed} [{fact.default}]")
+        if fact.meaning:
+            say(f"    {fact.meaning}")
+
+
+@shards_app.command("fetch", epilog=_example("hpc-gen shards fetch mnist", "hpc-gen shards fetch emoji --dry-run"))
+def shards_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="mnist, emoji or cifar10.")],
+    workspace: Workspace = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Download a data set and verify it.
+
+    Into WORKSPACE/downloads; what is there already is left alone.
+    """
+    from shard_tools import fetch
+
+    fetch.fetch(name, _workspace(workspace), say=say, dry_run=dry_run)
+
+
+@shards_app.command("info", epilog=_example("hpc-gen shards info tables/mnist16"))
+def shards_info(table: TableFolder, workspace: Workspace = None, json: Json = False) -> None:
+    """Columns, rows, classes and identity of a table."""
+    from shard_tools import inspect
+
+    found = inspect.info(_workspace(workspace) / table)
+    if json:
+        _print_json(found)
+        return
+    for line in inspect.format_info(found):
+        say(line)
+
+
+@shards_app.command("verify", epilog=_example("hpc-gen shards verify tables/mnist16"))
+def shards_verify(table: TableFolder, workspace: Workspace = None) -> None:
+    """Compare every byte of a table with its index."""
+    from shard_tools import inspect
+
+    _report_problems(table, inspect.verify(_workspace(workspace) / table))
+
+
+@weights_app.command("fetch", epilog=_example("hpc-gen weights fetch inception"))
+def weights_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="inception.")],
+    workspace: Workspace = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Download weights and verify them.
+
+    Into WORKSPACE/downloads; what is there already is left alone.
+    """
+    from shard_tools import fetch
+
+    fetch.fetch(name, _workspace(workspace), say=say, dry_run=dry_run)
+
+
+@checkpoints_app.command("list", epilog=_example("hpc-gen checkpoints list mnist16"))
+def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) -> None:
+    """Committed checkpoints of a run, oldest first."""
+    from hpc_gen.runtime.progress import format_count
+    from hpc_gen.training.checkpoint import read
+
+    found = read.list_checkpoints(_run(run, workspace))
+    if json:
+        _print_json([asdict(each) for each in found])
+        return
+    for each in found:
+        say(f"{each.images_seen:>14,} images  {format_count(each.bytes):>7}B  {each.world_size} ranks  {each.path}")
+    if not found:
+        say("no checkpoint yet")
+
+
+@checkpoints_app.command("verify", epilog=_example("hpc-gen checkpoints verify mnist16"))
+def checkpoints_verify(run: Run, workspace: Workspace = None) -> None:
+    """Compare every byte of every checkpoint with its manifest."""
+    from hpc_gen.training.checkpoint import read
+
+    folder = _run(run, workspace)
+    paths = sorted(folder.checkpoints.glob("[0-9]*")) if folder.checkpoints.is_dir() else []
+    problems = [problem for path in paths for problem in read.verify(path)]
+    _report_problems(f"{len(paths)} checkpoints of {folder.name}", problems)
+
+
+def _report_problems(what: str, problems: list[str]) -> None:
+    from hpc_gen.runtime.errors import ExitCode
+
+    for problem in problems:
+        say(problem)
+    say(f"{what}: {len(problems)} problems" if problems else f"{what}: whole")
+    _end(ExitCode.DATA if problems else ExitCode.DONE)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    say(json.dumps(value, indent=1, default=str))
+
+
+app.add_typer(config_app, name="config")
+app.add_typer(shards_app, name="shards")
+app.add_typer(weights_app, name="weights")
+app.add_typer(checkpoints_app, name="checkpoints")
+
+
+def main() -> None:
+    """The console script: runs the command and turns errors into one sentence and an exit code."""
+    from hpc_gen.cli_errors import guarded
+
+    guarded(lambda: app(prog_name="hpc-gen", standalone_mode=False))
+
+
+if __name__ == "__main__":
+    main()

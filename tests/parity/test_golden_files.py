@@ -1,0 +1,160 @@
+"""Reading golden folders: damaged files become failing tests with a sentence, lists stay strict, names stay unique."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expected_failures import CASES, OFFICIAL, case_reason, official_reason
+from golden_files import PARITY_FOLDER, REPOSITORY, Case, GoldenError, OfficialModel, cases, official_models, roots
+from handling import ModelFacts, official_differences
+from safetensors.torch import save_file
+
+GOOD = {"kind": "k", "owner": "energy", "compare": [{"tensors": "out.*", "rule": "exact"}]}
+
+
+def write(folder: Path, name: str, content: Any) -> Path:
+    path = folder / "energy" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_good_case_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "one", GOOD)
+    save_file({"out.a": torch.ones(2)}, path.with_suffix(".safetensors"))
+    (case,) = cases([tmp_path])
+    assert (case.id, case.kind, case.owner, case.problem) == ("energy-one", "k", "energy", None)
+    assert case.tensors()["out.a"].tolist() == [1, 1]
+    with pytest.raises(GoldenError, match=r"in\.x"):
+        case.tensors()["in.x"]
+    with pytest.raises(GoldenError, match="config"):
+        case.record["config"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{ not json",
+        "[]",
+        "",
+        {"compare": []},
+        {"kind": "k"},
+        {"kind": 3, "compare": []},
+        {"kind": "k", "compare": {}},
+        {"kind": "k", "compare": [1]},
+        {**GOOD, "owner": 4},
+    ],
+)
+def test_damaged_case_names_its_file(tmp_path: Path, content: Any) -> None:
+    path = write(tmp_path, "bad", content)
+    (case,) = cases([tmp_path])
+    assert case.problem is not None and str(path) in case.problem
+
+
+def test_tensors_without_a_record_are_a_damaged_case(tmp_path: Path) -> None:
+    (tmp_path / "energy").mkdir()
+    save_file({"out.a": torch.ones(1)}, tmp_path / "energy" / "alone.safetensors")
+    (case,) = cases([tmp_path])
+    assert case.name == "alone" and case.problem is not None
+
+
+def test_damaged_tensor_file_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, "one", GOOD)
+    path.with_suffix(".safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(GoldenError, match=r"one\.safetensors"):
+        cases([tmp_path])[0].tensors()
+
+
+def test_names_with_dots_are_cases_of_their_own(tmp_path: Path) -> None:
+    for name in ("a.1", "a.2"):
+        save_file({"out.a": torch.ones(1)}, write(tmp_path, name, GOOD).with_name(name + ".safetensors"))
+    assert [case.name for case in cases([tmp_path])] == ["a.1", "a.2"]
+    assert all(case.problem is None and len(case.tensors()) == 1 for case in cases([tmp_path]))
+
+
+def test_official_lists_are_read_and_damaged_ones_reported(tmp_path: Path) -> None:
+    path = write(tmp_path, "official_shapes", {"fine": {"state_dict": {"a": [1]}}, "odd": {"params": 3}})
+    models = {model.name: model for model in official_models([tmp_path])}
+    assert models["fine"].problem is None and "odd" in str(models["odd"].problem)
+    assert cases([tmp_path]) == []
+    path.write_text("{")
+    (model,) = official_models([tmp_path])
+    assert model.problem is not None and str(path) in model.problem
+
+
+def test_the_first_folder_wins_and_names_are_unique(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write(tmp_path / folder, "same", {**GOOD, "kind": folder})
+        write(tmp_path / folder, "official_shapes", {"m": {"state_dict": {folder: []}}})
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert [case.kind for case in cases(folders)] == ["a"]
+    assert [list(m.record["state_dict"]) for m in official_models(folders)] == [["a"]]
+
+
+def test_environment_replaces_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPC_GEN_GOLDEN", str(tmp_path))
+    assert roots() == [tmp_path]
+    monkeypatch.delenv("HPC_GEN_GOLDEN")
+    assert roots()[0] == PARITY_FOLDER / "golden"
+
+
+def test_expected_failures_name_their_reason() -> None:
+    anywhere = Path("x.json")
+
+    def reason(**change: Any) -> str | None:
+        record = {**GOOD, **change.pop("record", {})}
+        return case_reason(Case(**{"method": "energy", "name": "pd_loss_std", "json_path": anywhere, "record": record, **change}))
+
+    assert reason() is None
+    assert reason(record={"owner": "no_such_method"})
+    assert reason(name="pd_loss_energy")
+    assert reason(name="a_new_case", record={"kind": "a_new_kind"}) is None
+    assert official_reason(OfficialModel("energy", "pure_diffusion_base_std_64", anywhere)) is None
+    assert official_reason(OfficialModel("energy", "pure_diffusion_base_energy_64", anywhere))
+    assert all(why for _, _, why in CASES + OFFICIAL)
+
+
+def test_official_comparison_sees_each_difference() -> None:
+    record: dict[str, Any] = {
+        "params": 3, "trainable": 2, "buffers": ["c"], "frozen": ["b"], "state_dict": {"a": [2], "b": [1], "c": []},
+    }  # fmt: skip
+    right = {"a": (2,), "b": (1,), "c": ()}
+    assert official_differences(ModelFacts(right, ("c",), ("b",), 3, 2), record) == []
+    for wrong in (
+        ModelFacts({"a": (2,), "b": (1,)}, ("c",), ("b",), 3, 2),
+        ModelFacts({**right, "d": ()}, ("c",), ("b",), 3, 2),
+        ModelFacts({**right, "a": (1, 2)}, ("c",), ("b",), 3, 2),
+        ModelFacts({"b": (1,), "a": (2,), "c": ()}, ("c",), ("b",), 3, 2),
+        ModelFacts(right, (), ("b",), 3, 2),
+        ModelFacts(right, ("c",), (), 3, 2),
+        ModelFacts(right, ("c",), ("b",), 4, 2),
+        ModelFacts(right, ("c",), ("b",), 3, 3),
+    ):
+        assert official_differences(wrong, record), wrong
+
+
+def test_damaged_unknown_and_expected_cases_in_a_whole_run(tmp_path: Path) -> None:
+    """A run over one damaged, one unknown and one expected case: collection stands, exactly the first two are red."""
+    write(tmp_path, "broken", "{")
+    write(tmp_path, "unknown", {**GOOD, "kind": "never_heard_of"})
+    write(tmp_path, "pd_opt_step", {**GOOD, "kind": "pd_opt_step"})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PARITY_FOLDER / "test_golden.py")]
+    environment = {**os.environ, "HPC_GEN_GOLDEN": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "2 failed" in result.stdout and "1 xfailed" in result.stdout, result.stdout
+    assert "test_case[energy-broken]" in result.stdout and "test_case[energy-unknown]" in result.stdout
+
+
+def test_an_empty_folder_is_red(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PARITY_FOLDER / "test_golden.py")]
+    environment = {**os.environ, "HPC_GEN_GOLDEN": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    assert result.returncode == 1 and "no golden case below" in result.stdout, result.stdout

@@ -1,0 +1,233 @@
+"""The evaluate stage on a real tiny run: features in units, metrics from them, provenance, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from eval_jobs import evaluate, sample
+from hpc_gen.metrics import extractors, fidelity
+from hpc_gen.metrics.extractors import ExtractorSpec, NetworkExtractor, RandomConvolutions
+from hpc_gen.metrics.results import compare, read
+from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.sampling.images import png_bytes
+from hpc_gen.sampling.index import read_index
+from tests.support import toy_run
+
+
+def _worker(run, resolved, workspace, **share) -> evaluate.EvaluateWorker:
+    return evaluate.worker(toy_run.context(run, resolved, workspace, "evaluate", **share))
+
+
+def _sample(run, resolved, workspace) -> None:
+    made = sample.worker(toy_run.context(run, resolved, workspace, "sample"))
+    toy_run.do_units(run, made)
+    made.finish()
+
+
+def _evaluate(run, resolved, workspace):
+    made = _worker(run, resolved, workspace)
+    toy_run.do_units(run, made)
+    made.finish()
+    return read(run.metrics("main"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restore_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("workspace")
+    run, resolved = toy_run.make_run(workspace)
+    _sample(run, resolved, workspace)
+    return workspace, run, resolved, _evaluate(run, resolved, workspace)
+
+
+def test_units_are_blocks_of_samples_and_reference(evaluated):
+    workspace, run, resolved, _ = evaluated
+    names = [unit.name for unit in _worker(run, resolved, workspace).units()]
+    assert names == ["samples-000000", "samples-000001", "reference-000000", "reference-000001", "reference-000002"]
+    assert (run.features("main") / "reference" / "000002.safetensors").is_file()
+    assert toy_run.do_units(run, _worker(run, resolved, workspace)) == []
+
+
+def test_metrics_equal_torch_fidelity_on_the_same_images(evaluated):
+    workspace, run, _, metrics = evaluated
+    network = extractors.spec("random-conv", None, None, workspace).build()
+    samples = network(read_index(run.samples("main")).read(range(20))).features
+    pixels = evaluate.open_table(workspace, "tables/train").read(np.arange(24), ["pixels"])["pixels"]
+    reference = network(pixels.expand(-1, 3, -1, -1).contiguous()).features
+    module = fidelity._module("metric_fid")
+    statistics = [module.fid_features_to_statistics(features.double()) for features in (samples, reference)]
+    fid = module.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert metrics.get("fid").value == pytest.approx(fid, rel=1e-4)
+    kid = fidelity._module("metric_kid").kid_features_to_metric(samples, reference, kid_subset_size=10, verbose=False)
+    assert metrics.get("kid").value == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-3)
+    assert metrics.get("kid").std == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-3)
+    assert [record.name for record in metrics.records] == ["fid", "kid", "precision", "recall", "isc"]
+
+
+def test_every_number_says_how_it_was_made(evaluated):
+    workspace, run, resolved, metrics = evaluated
+    plan = read_index(run.samples("main")).plan
+    for record in metrics.records:
+        assert record.measure["extractor"]["name"] == "random-conv"
+        assert record.measure["num_images"] == 20
+        assert record.measure["classes"] == "balanced"
+        assert record.subject["run_identity"] == resolved.identity
+        assert record.subject["plan"]["hash"] == plan.hash
+        assert record.subject["plan"]["seed"] == 11
+        assert record.subject["checkpoint"]["manifest_sha256"] == plan.checkpoint_manifest_sha256
+        assert record.subject["versions"]["torch_fidelity"] == fidelity.version()
+    table = evaluate.open_table(workspace, "tables/train")
+    assert metrics.get("fid").measure["reference"] == {"table": table.identity, "rows": 24}
+    assert "singular covariance" in metrics.get("fid").note
+
+
+def test_inception_score_without_logits_says_why(evaluated):
+    record = evaluated[3].get("isc")
+    assert record.value is None
+    assert record.note == "not available: extractor has no logits"
+
+
+def test_inception_score_with_logits(tmp_path, monkeypatch):
+    class WithLogits(RandomConvolutions):
+        def forward(self, images):
+            (features,) = super().forward(images)
+            return features, features[:, :7] * 30
+
+    def spec(weights, sha256, workspace):
+        facts = {"name": "with-logits"}
+        build = lambda: NetworkExtractor("with-logits", WithLogits().eval(), facts, has_logits=True)  # noqa: E731
+        return ExtractorSpec("with-logits", facts, True, build)
+
+    monkeypatch.setitem(extractors.EXTRACTORS, "with-logits", spec)
+    run, resolved = toy_run.make_run(tmp_path, "evaluate.extractor.name=with-logits", "evaluate.metrics=[isc]")
+    _sample(run, resolved, tmp_path)
+    record = _evaluate(run, resolved, tmp_path).get("isc")
+    assert record.value > 1.0
+    assert record.measure["settings"] == {"splits": 10, "seed": 2020}
+    assert "reference" not in record.measure
+
+
+def test_number_of_tasks_does_not_change_a_bit(evaluated):
+    workspace, run, resolved, metrics = evaluated
+    shutil.rmtree(run.features("main"))
+    run.metrics("main").unlink()
+    for task in (2, 0, 1):
+        made = _worker(run, resolved, workspace, task=task, tasks=3)
+        assert toy_run.do_units(run, made, made.units()[task::3])
+    made.finish()
+    assert read(run.metrics("main")) == metrics
+
+
+def test_finish_again_writes_nothing(evaluated):
+    workspace, run, resolved, _ = evaluated
+    before = run.metrics("main").stat().st_mtime_ns
+    _worker(run, resolved, workspace).finish()
+    assert run.metrics("main").stat().st_mtime_ns == before
+
+
+def test_runs_are_compared_only_with_their_like(evaluated, tmp_path):
+    workspace, run, resolved, metrics = evaluated
+    other, changed = toy_run.make_run(workspace, "sample.seed=12", name="other")
+    _sample(other, changed, workspace)
+    theirs = _evaluate(other, changed, workspace)
+    assert compare(metrics.get("fid"), theirs.get("fid")) != 0.0
+    fewer, changed = toy_run.make_run(workspace, "evaluate.reference.rows=22", name="fewer")
+    _sample(fewer, changed, workspace)
+    with pytest.raises(UserError, match=r"reference\.rows is 24 in one and 22 in the other"):
+        compare(metrics.get("fid"), _evaluate(fewer, changed, workspace).get("fid"))
+
+
+def test_changed_samples_are_refused(evaluated):
+    workspace, run, resolved, _ = evaluated
+    path = read_index(run.samples("main")).path(13)
+    content = path.read_bytes()
+    made = _worker(run, resolved, workspace)
+    try:
+        for damaged in (content[: len(content) // 2], png_bytes(torch.zeros(3, 8, 8, dtype=torch.uint8))):
+            path.write_bytes(damaged)
+            with pytest.raises(
+                DataError, match=r"000013\.png cannot be read|does not hold the images that were sampled"
+            ):
+                made.samples.read(range(10, 20))
+    finally:
+        path.write_bytes(content)
+
+
+def test_features_of_other_inputs_are_refused(evaluated):
+    workspace, run, resolved, _ = evaluated
+    folder = run.features("main") / "samples"
+    content = (folder / "000001.safetensors").read_bytes()
+    metrics = run.metrics("main").read_text()
+    made = _worker(run, resolved, workspace)
+    run.metrics("main").unlink()
+    try:
+        (folder / "000001.safetensors").write_bytes((folder / "000000.safetensors").read_bytes())
+        with pytest.raises(DataError, match=r"000001\.safetensors was made from other images or settings"):
+            made.finish()
+        (folder / "000001.safetensors").write_bytes(content[:100])
+        with pytest.raises(DataError, match=r"000001\.safetensors cannot be read"):
+            made.finish()
+    finally:
+        (folder / "000001.safetensors").write_bytes(content)
+        run.metrics("main").write_text(metrics)
+
+
+def test_nan_features_name_the_image(evaluated, monkeypatch):
+    workspace, run, resolved, _ = evaluated
+    made = _worker(run, resolved, workspace)
+    network = extractors.spec("random-conv", None, None, workspace).build()
+
+    def broken(images):
+        found = network(images)
+        found.features[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(made, "_ready_network", lambda: broken)
+    with pytest.raises(DataError, match=r"the features of .*units/000000/000001\.png are not finite"):
+        made.do(made.units()[0], run.path / "staging", toy_run.no_poll)
+    with pytest.raises(DataError, match=r"the features of row 1 of .*tables/train are not finite"):
+        made.do(made.units()[2], run.path / "staging", toy_run.no_poll)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.reference.rows=33", r"reference\.rows is 33, but tables/train has 32 rows; lower it"),
+        ("evaluate.extractor.name=inception-trunk", r"hpc-gen shards fetch inception"),
+        ("evaluate.reference.table=tables/none", r"tables/none is not a folder"),
+        ("evaluate.reference.table=tables/large", r"the samples are 8 x 8 pixels and the images of .* 16 x 16"),
+        (
+            "evaluate.reference.table=tables/few",
+            r"metric 'kid' needs 10 images, but there are 20 samples and 6 reference",
+        ),
+    ],
+)
+def test_wrong_inputs_are_refused_before_any_work(evaluated, override, message):
+    workspace, run, _, _ = evaluated
+    if not (workspace / "tables" / "large").exists():
+        toy_run.write_table(workspace / "tables" / "large", size=16)
+        toy_run.write_table(workspace / "tables" / "few", rows=6)
+    extra = () if "rows=" in override else ("evaluate.reference.rows=null",)
+    resolved = toy_run.make_run(workspace, override, *extra, checkpoint=False, name=f"wrong-{abs(hash(override))}")[1]
+    with pytest.raises((UserError, DataError), match=message):
+        _worker(run, resolved, workspace)
+
+
+def test_without_samples_the_fix_is_named(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path, checkpoint=False)
+    with pytest.raises(UserError, match=r"no finished samples \(no index\.json\); run the sample stage to its end"):
+        _worker(run, resolved, tmp_path)
+
+
+def test_the_file_is_plain_json(evaluated):
+    document = json.loads(evaluated[1].metrics("main").read_text())
+    assert document["format"] == "hpc-gen-metrics-1"
+    assert {record["name"] for record in document["metrics"]} == {"fid", "kid", "precision", "recall", "isc"}
