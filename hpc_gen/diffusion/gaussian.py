@@ -41,8 +41,7 @@ def cosine_betas(num_timesteps: int) -> Table:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
     steps = [
-        min(1 - alpha_bar((i + 1) / num_timesteps) / alpha_bar(i / num_timesteps), 0.999)
-        for i in range(num_timesteps)
+        min(1 - alpha_bar((i + 1) / num_timesteps) / alpha_bar(i / num_timesteps), 0.999) for i in range(num_timesteps)
     ]
     return np.array(steps, dtype=np.float64)
 
@@ -50,7 +49,7 @@ def cosine_betas(num_timesteps: int) -> Table:
 SCHEDULES: dict[str, Callable[[int], Table]] = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-def betas(schedule: str, num_timesteps: int) -> Table:
+def named_betas(schedule: str, num_timesteps: int) -> Table:
     """Betas [T] of a schedule by name; UserError for an unknown name."""
     if schedule not in SCHEDULES:
         known = ", ".join(sorted(SCHEDULES))
@@ -102,7 +101,8 @@ def _integer_stride(num_timesteps: int, count: int) -> list[int]:
         if len(kept) == count:
             return list(kept)
     raise UserError(
-        f"no integer stride gives exactly {count} of {num_timesteps} timesteps; use a plain count instead of 'ddim{count}'"
+        f"no integer stride gives exactly {count} of {num_timesteps} timesteps; "
+        f"use a plain count instead of 'ddim{count}'"
     )
 
 
@@ -159,7 +159,10 @@ class GaussianDiffusion:
 
     def predict_x0(self, x_t: Tensor, index: int, epsilon: Tensor) -> Tensor:
         """The clean sample that `epsilon` implies at one index for the whole batch (eq. 15 of 2006.11239)."""
-        return self.sqrt_recip_alphas_cumprod[index].item() * x_t - self.sqrt_recipm1_alphas_cumprod[index].item() * epsilon
+        return (
+            self.sqrt_recip_alphas_cumprod[index].item() * x_t
+            - self.sqrt_recipm1_alphas_cumprod[index].item() * epsilon
+        )
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, index: int) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) at one index for the whole batch (eq. 7 of 2006.11239)."""

@@ -152,7 +152,7 @@ def import_facts(module: str, facts: str = "lambda module: {}") -> tuple[bool, d
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return False, {}, f"its import took more than {IMPORT_TIMEOUT_S:.0f} s"
+        return False, {}, f"its import took more than {IMPORT_TIMEOUT_S:g} s"
     if done.returncode != 0:
         last = [line for line in done.stderr.splitlines() if line.strip()]
         return False, {}, last[-1].strip()[:160] if last else f"its import ended with code {done.returncode}"

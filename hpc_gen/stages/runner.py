@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hpc_gen.config.loader import Resolved
 from hpc_gen.runtime import clock, commit, env, launch
@@ -207,7 +206,3 @@ def _do_unit(
 
 __all__ = ["launch_stage", "load_run", "make_worker", "plan", "prepare_run", "run_stage", "run_stages"]
 
-
-def runs_folder(workspace: Path) -> Path:
-    """Where runs of a workspace lie."""
-    return workspace / "runs"

@@ -22,7 +22,7 @@ from hpc_gen.data.order import BlockShuffle
 from hpc_gen.data.table import Table
 from hpc_gen.methods.materialise import materialise
 from hpc_gen.runtime import clock, commit, env
-from hpc_gen.runtime.errors import CheckpointError, ExitCode, HpcGenError, UserError
+from hpc_gen.runtime.errors import CheckpointError, ExitCode, FencedError, HpcGenError, UserError
 from hpc_gen.runtime.fence import Fence, claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.progress import Progress
@@ -82,7 +82,7 @@ def _claim(run: RunFolder, ranks: Ranks) -> Attempt:
     if ranks.is_main:
         try:
             given = env.get("HPC_GEN_ATTEMPT")
-            number = int(given) if given else claim_attempt(run, "train")
+            number = int(given) if given else claim_attempt(run, "train", world_size=ranks.world_size)
             message = {"number": number, "token": Fence.take(run, number).token}
         except HpcGenError as error:
             message = {"error": error}
@@ -114,19 +114,28 @@ def _attempt(
         code, cause = error.exit_code, str(error)
         raise
     finally:
+        if job is not None:
+            job.chain.settle()  # before the fence is released: what is being written may still be committed
         seen = job.state.images_seen if job is not None else -1
         attempt.journal.event("attempt_end", exit_code=int(code), cause=cause, images_seen=seen)
         if ranks.is_main:
-            _write_cause(run, attempt.number, ended, code, cause, seen)
-            attempt.fence.release(cause)
+            _leave(run, attempt, ended, code, cause, seen)
     _tell(job, ended)
     return code
 
 
-def _write_cause(run: RunFolder, number: int, stop: Stop | None, code: ExitCode, cause: str, seen: int) -> None:
-    """The cause file: what the batch body and `status` decide by."""
+def _leave(run: RunFolder, attempt: Attempt, stop: Stop | None, code: ExitCode, cause: str, seen: int) -> None:
+    """Write the cause file, by which the batch body and `status` decide, and release the fence.
+
+    A full disk keeps neither the attempt from ending as it has ended nor the next from taking over from a dead process.
+    """
     content = {"exit_code": int(code), "cause": cause, "images_seen": seen, "stop": stop.cause.name if stop else None}
-    commit.write_json(run.journal / f"{number:04d}.cause.json", {**content, "stage": "train", "time": clock.now()})
+    path = run.journal / f"{attempt.number:04d}.cause.json"
+    try:
+        commit.write_json(path, {**content, "stage": "train", "time": clock.now()})
+        attempt.fence.release(cause)
+    except (OSError, UserError, FencedError) as error:
+        attempt.journal.event("fault", what="the end of the attempt is not written", detail=str(error))
 
 
 def _tell(job: loop.TrainJob, ended: Stop | None) -> None:
@@ -305,8 +314,13 @@ def _preview(
             path = run.previews / f"{images_seen:012d}.png"
             stream = io.BytesIO()
             grid.save(stream, format="PNG")
-            commit.write_bytes(path, stream.getvalue(), job.chain.fence)
-            job.journal.event("preview", images_seen=images_seen, file=path.relative_to(run.path).as_posix())
+            try:
+                commit.write_bytes(path, stream.getvalue(), job.chain.fence)
+            except (OSError, UserError) as error:  # a full disk costs the picture, not the training
+                job.journal.event("fault", what="preview was not written", detail=str(error))
+                job.say(f"the preview of {images_seen} images was not written: {error}")
+            else:
+                job.journal.event("preview", images_seen=images_seen, file=path.relative_to(run.path).as_posix())
         return {}
 
     return loop.Periodic("preview", chosen.every_images, run_preview)

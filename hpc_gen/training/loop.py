@@ -176,21 +176,18 @@ def _at_intervals(job: TrainJob, timing: Timing) -> None:
         if images_seen % periodic.every_images == 0:
             extra.update(periodic.action(images_seen))
     timing.other += clock.monotonic() - begun
-    improved = _note_best(job.state, extra)
     if images_seen % config.log_every == 0 or extra:
         _log(job, timing, extra, close=images_seen % config.log_every == 0)
     if images_seen % config.save_every == 0:
-        if improved:
-            job.chain.best_images = images_seen
+        _note_best(job.state, extra)
         timing.save_stall += _save(job)
 
 
-def _note_best(state: TrainState, extra: Mapping[str, float]) -> bool:
+def _note_best(state: TrainState, extra: Mapping[str, float]) -> None:
+    """Called only where a checkpoint follows, so that the best position is one that can be loaded."""
     loss = extra.get("validation/loss")
-    if loss is None or not loss < state.best_loss:
-        return False
-    state.best_loss, state.best_images = loss, state.images_seen
-    return True
+    if loss is not None and loss < state.best_loss:
+        state.best_loss, state.best_images = loss, state.images_seen
 
 
 def _log(job: TrainJob, timing: Timing, extra: Mapping[str, float], close: bool) -> None:
@@ -240,6 +237,8 @@ def _save(job: TrainJob) -> float:
     else:
         if job.chain.committed_images is not None:
             job.published(job.chain.committed_images)
+    if job.state.best_images >= 0:
+        job.chain.best_images = job.state.best_images  # not before the save under way has done its own retention
     job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
     state: dict[str, Tensor] = {**job.engine.state(), **job.state.tensors()}
     for role in job.ema.averages:
@@ -272,5 +271,5 @@ def _roll_back(job: TrainJob) -> None:
         )
     restore(job, loaded)
     job.state.draw_counter, job.state.non_finite_total, job.state.non_finite_run = counter, total, 0
-    job.journal.event("rollback", images_seen=was, to=job.state.images_seen, draw_counter=counter)
+    job.journal.event("rollback", images_seen=was, resumed_from=job.state.images_seen, draw_counter=counter)
     job.say(f"went back from {was} to {job.state.images_seen} images; draws continue with counter {counter}")

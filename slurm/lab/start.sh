@@ -4,6 +4,7 @@
 # fails stops what it started and says why. Usage: start.sh, then . "$SLURM_LAB_DIR/env" (it prints the line to use).
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC2034  # read by lab.env.sh
 lab_is_new=1
 . "$here/lab.env.sh"
 lab=$SLURM_LAB_DIR prefix=$SLURM_LAB_PREFIX nodes=$SLURM_LAB_NODES base=$SLURM_LAB_PORT_BASE gpus=$SLURM_LAB_GPUS

@@ -109,7 +109,7 @@ def test_no_labels_but_a_table_condition(workspace: Path) -> None:
     run = experiment(workspace, "condition", "TABLE_CONDITION", train=train, sample=sample)
     run_all(run)
     rows = history(run)
-    assert rows[-1].data["loss"] < 0.3 * rows[0].data["loss"]
+    assert rows[-1].data["loss"] < 0.5 * rows[0].data["loss"]
     real = Table.open(workspace / "tables" / "toy").read(torch.arange(8), ("pixels",))["pixels"].float()
     made = torch.stack([read_png(path)[:1] for path in sorted(run.samples("main").rglob("*.png"))]).float()
     own = (made - real).square().mean()

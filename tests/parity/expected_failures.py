@@ -9,7 +9,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from golden_files import Case, OfficialModel
-from handling import has_method_folder
+from golden_handling import has_method_folder
 
 ENERGY = "the energy variant comes with issue 3"
 VAE = "tokenizers/kl_vae comes with issue 3"

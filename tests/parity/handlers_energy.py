@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare import Produced
+from golden_compare import Produced
 from golden_files import Case, GoldenError, OfficialModel
-from handling import ModelFacts, NotHandled, handles, handles_official
+from golden_handling import ModelFacts, NotHandled, handles, handles_official
 from torch import Tensor
 
-from hpc_gen.diffusion.gaussian import GaussianDiffusion, betas, linear_betas
+from hpc_gen.diffusion.gaussian import GaussianDiffusion, linear_betas, named_betas
 from hpc_gen.methods.energy.config import EnergyConfig, SamplingSettings
 from hpc_gen.methods.energy.objective import EnergyDiffusion
 from hpc_gen.methods.energy.recipe import ENTRY, SIZES, decay_groups
@@ -130,7 +130,8 @@ class CaseDraws:
 
     def take(self, name: str, draw: Draw, k: int = 0) -> Tensor:
         """`x_T`, or row k of the step noise."""
-        value = {"x_T": lambda: self.tensors["in.init_noise"], "step_noise": lambda: self.tensors["in.step_noise"][k]}[name]()
+        assert name in ("x_T", "step_noise"), name
+        value = self.tensors["in.init_noise"] if name == "x_T" else self.tensors["in.step_noise"][k]
         assert tuple(value.shape[1:]) == draw.shape, f"{name}: {list(value.shape[1:])} is not {draw.shape}"
         return value
 
@@ -147,7 +148,10 @@ def pd_sample(case: Case) -> Produced:
         clip_denoised=neutral.get("clip_denoised", True),
     )
     if "in.timestep_map" in tensors:
-        ours, theirs = method.diffusion.respaced(settings.steps).timestep_map, tensors["in.timestep_map"].tolist()
+        ours, theirs = (
+            method.diffusion.respaced(settings.steps).timestep_map,
+            tensors["in.timestep_map"].tolist(),
+        )
         if ours != theirs:
             raise AssertionError(f"the chain keeps timesteps {ours}, the reference keeps {theirs}")
     polls: list[int] = []
@@ -164,9 +168,9 @@ def diffusion_tables(case: Case) -> Produced:
     config = case.record["config"]
     chains: dict[str, GaussianDiffusion] = {}
     for name, (schedule, num_timesteps) in config.get("schedules", {}).items():
-        chains[name] = GaussianDiffusion(betas(schedule, num_timesteps))
+        chains[name] = GaussianDiffusion(named_betas(schedule, num_timesteps))
     for name, (schedule, num_timesteps, spacing) in config.get("respaced", {}).items():
-        chains[name] = GaussianDiffusion(betas(schedule, num_timesteps)).respaced(spacing)
+        chains[name] = GaussianDiffusion(named_betas(schedule, num_timesteps)).respaced(spacing)
     out = {}
     for name in case.tensors():
         _, chain, table = name.split(".")

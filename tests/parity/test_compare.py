@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Produced, compare, first_match, json_differences, tensor_difference
+from golden_compare import Produced, compare, first_match, json_differences, tensor_difference
 from golden_files import GoldenError
 
 INF, NAN = float("inf"), float("nan")
@@ -51,7 +51,12 @@ def test_numeric_rules(ours: Any, golden: Any, rule: dict[str, Any], expected: b
 
 @pytest.mark.parametrize(
     ("ours", "expected"),
-    [([10, 20, 30, 41], True), ([10, 20, 31, 41], False), ([10, 20, 30, 42], False), ([10, 20, 30, 40], True)],
+    [
+        ([10, 20, 30, 41], True),
+        ([10, 20, 31, 41], False),
+        ([10, 20, 30, 42], False),
+        ([10, 20, 30, 40], True),
+    ],
 )
 def test_uint8(ours: list[int], expected: bool) -> None:
     rule = {"rule": "uint8", "max_levels": 1, "max_fraction": 0.25}
@@ -80,7 +85,8 @@ class TestInfinityAndNan:
         assert passes([INF, -INF, 1.0], [INF, -INF, 1.0], rule)
 
     @pytest.mark.parametrize(
-        ("ours", "golden"), [(INF, -INF), (1.0, INF), (INF, 1.0), (NAN, NAN), (NAN, 1.0), (1.0, NAN), (INF, NAN)]
+        ("ours", "golden"),
+        [(INF, -INF), (1.0, INF), (INF, 1.0), (NAN, NAN), (NAN, 1.0), (1.0, NAN), (INF, NAN)],
     )
     def test_others_fail(self, rule: dict[str, Any], ours: float, golden: float) -> None:
         assert not passes([ours, 1.0, 1.0], [golden, 1.0, 1.0], rule)
@@ -100,7 +106,8 @@ class TestInfinityAndNan:
 
 
 def test_half_precision_is_compared_in_double() -> None:
-    assert passes(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0], dtype=torch.float16), {"rule": "exact"})
+    ours, golden = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0], dtype=torch.float16)
+    assert passes(ours, golden, {"rule": "exact"})
 
 
 def test_first_matching_glob_wins_and_star_crosses_dots() -> None:

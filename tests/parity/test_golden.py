@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from compare import compare
 from expected_failures import case_reason, official_reason
+from golden_compare import compare
 from golden_files import Case, OfficialModel, cases, official_models, roots
-from handling import NotHandled, case_handler, load_handlers, official_differences, official_handler
+from golden_handling import NotHandled, case_handler, load_handlers, official_differences, official_handler
 
 load_handlers()
 

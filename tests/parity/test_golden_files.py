@@ -12,8 +12,17 @@ from typing import Any
 import pytest
 import torch
 from expected_failures import CASES, OFFICIAL, case_reason, official_reason
-from golden_files import PARITY_FOLDER, REPOSITORY, Case, GoldenError, OfficialModel, cases, official_models, roots
-from handling import ModelFacts, official_differences
+from golden_files import (
+    PARITY_FOLDER,
+    REPOSITORY,
+    Case,
+    GoldenError,
+    OfficialModel,
+    cases,
+    official_models,
+    roots,
+)
+from golden_handling import ModelFacts, official_differences
 from safetensors.torch import save_file
 
 GOOD = {"kind": "k", "owner": "energy", "compare": [{"tensors": "out.*", "rule": "exact"}]}
@@ -108,14 +117,13 @@ def test_environment_replaces_all_folders(tmp_path: Path, monkeypatch: pytest.Mo
 def test_expected_failures_name_their_reason() -> None:
     anywhere = Path("x.json")
 
-    def reason(**change: Any) -> str | None:
-        record = {**GOOD, **change.pop("record", {})}
-        return case_reason(Case(**{"method": "energy", "name": "pd_loss_std", "json_path": anywhere, "record": record, **change}))
+    def reason(name: str, **change: Any) -> str | None:
+        return case_reason(Case("energy", name, anywhere, {**GOOD, **change}))
 
-    assert reason() is None
-    assert reason(record={"owner": "no_such_method"})
-    assert reason(name="pd_loss_energy")
-    assert reason(name="a_new_case", record={"kind": "a_new_kind"}) is None
+    assert reason("pd_loss_std") is None
+    assert reason("pd_loss_std", owner="no_such_method")
+    assert reason("pd_loss_energy")
+    assert reason("a_new_case", kind="a_new_kind") is None
     assert official_reason(OfficialModel("energy", "pure_diffusion_base_std_64", anywhere)) is None
     assert official_reason(OfficialModel("energy", "pure_diffusion_base_energy_64", anywhere))
     assert all(why for _, _, why in CASES + OFFICIAL)
@@ -145,16 +153,17 @@ def test_damaged_unknown_and_expected_cases_in_a_whole_run(tmp_path: Path) -> No
     write(tmp_path, "broken", "{")
     write(tmp_path, "unknown", {**GOOD, "kind": "never_heard_of"})
     write(tmp_path, "pd_opt_step", {**GOOD, "kind": "pd_opt_step"})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PARITY_FOLDER / "test_golden.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(PARITY_FOLDER / "test_golden.py"),
+    ]
     environment = {**os.environ, "HPC_GEN_GOLDEN": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "2 failed" in result.stdout and "1 xfailed" in result.stdout, result.stdout
     assert "test_case[energy-broken]" in result.stdout and "test_case[energy-unknown]" in result.stdout
-
-
-def test_an_empty_folder_is_red(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PARITY_FOLDER / "test_golden.py")]
-    environment = {**os.environ, "HPC_GEN_GOLDEN": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
-    assert result.returncode == 1 and "no golden case below" in result.stdout, result.stdout

@@ -45,7 +45,12 @@ def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subproc
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", **environment}
     return subprocess.run(
-        [sys.executable, "-m", "hpc_gen.cli", *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        [sys.executable, "-m", "hpc_gen.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
     )
 
 
@@ -87,14 +92,18 @@ def test_examples_are_not_broken_over_lines() -> None:
     assert "    hpc-gen run job_configs/demo/mnist16.yaml name=quick train.total_images=6400 --dry-run" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "schema"], ["status", "nothing-here"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["config", "schema"], ["status", "nothing-here"]]
+)
 def test_starts_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom hpc_gen import cli, cli_errors\n"
         "cli_errors.exit_code_of(lambda: cli.app(sys.argv[1:], standalone_mode=False), sys.argv[1:])\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\nprint('light')"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert done.stdout.endswith("light\n"), done.stderr
 
 

@@ -75,9 +75,12 @@ plain_values = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False)
     | st.text()
-    | st.sampled_from(["1e-4", "off", "null", "0x1F", "1_000", "~", "", "- a", "a: b", "#x", "2026-01-01", ".5", "1e400", "True"]),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text("abcdefgh_-0123456789", min_size=1), inner, max_size=4),
+    | st.sampled_from(
+        ["1e-4", "off", "null", "0x1F", "1_000", "~", "", "- a", "a: b", "#x", "2026-01-01", ".5", "1e400", "True"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("abcdefgh_-0123456789", min_size=1), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

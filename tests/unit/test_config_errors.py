@@ -333,7 +333,10 @@ COMMAND_LINE_CASES = [
     ("train.ranks=two", "command line: 'train.ranks' must be an integer of at least 1, not 'two' (text)"),
     ("train.ranks", "command line: 'train.ranks' is not of the form key.path=value, as in train.optimizer.lr=1e-4"),
     ("=3", "command line: '=3' is not of the form key.path=value, as in train.optimizer.lr=1e-4"),
-    ("train..ranks=3", "command line: 'train..ranks=3' is not of the form key.path=value, as in train.optimizer.lr=1e-4"),
+    (
+        "train..ranks=3",
+        "command line: 'train..ranks=3' is not of the form key.path=value, as in train.optimizer.lr=1e-4",
+    ),
     ("train.ranks=[1", "command line: the value of 'train.ranks' is not valid YAML: '[1'; quote it"),
     ("name.x=3", "command line: 'name.x' reaches into 'name', which is 'toy' and has no keys"),
     (
@@ -345,7 +348,10 @@ COMMAND_LINE_CASES = [
         "train.log_every=100",
         "command line: 'train.log_every' = 100 is not a multiple of 'train.global_batch' = 64; use 64 or 128",
     ),
-    ("sample.settings={a: 1, a: 2}", "command line: key 'sample.settings.a' is given twice (first at command line); keep one"),
+    (
+        "sample.settings={a: 1, a: 2}",
+        "command line: key 'sample.settings.a' is given twice (first at command line); keep one",
+    ),
 ]
 
 

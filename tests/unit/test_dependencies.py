@@ -53,7 +53,9 @@ def test_environment_yaml_agrees() -> None:
 
 
 def test_makefile_names_torch_with_its_pin_in_the_same_command() -> None:
-    done = subprocess.run(["make", "-n", "-W", "pyproject.toml", "setup"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "-W", "pyproject.toml", "setup"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     (install,) = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert f'".[demo]" "torch{VERSIONS["torch"]}"' in install
 

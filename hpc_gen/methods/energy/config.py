@@ -81,8 +81,8 @@ class EnergyConfig(Section):
         if self.horizontal_flip and self.input == "latents":
             raise KeyProblem(
                 "method.horizontal_flip",
-                "'method.horizontal_flip' works on pixels only: a mirrored latent is not the latent of a mirrored image; "
-                "set it to false",
+                "'method.horizontal_flip' works on pixels only, because a mirrored latent is not the latent of a "
+                "mirrored image; set it to false",
             )
         return self
 

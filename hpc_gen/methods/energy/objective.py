@@ -5,6 +5,7 @@ Shape suffixes as in model.py: B batch, [B, C, S, S] samples.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from hpc_gen.diffusion.gaussian import GaussianDiffusion, linear_betas
 from hpc_gen.methods.energy import model as energy_model
 from hpc_gen.methods.energy.config import EnergyConfig, SamplingSettings
-from hpc_gen.methods.energy.recipe import decay_groups
+from hpc_gen.methods.energy.recipe import COLUMN_DTYPES, decay_groups
 from hpc_gen.methods.energy.sampler import ancestral_steps, guided_prediction, to_images
-from hpc_gen.methods.protocol import ColumnSpec, Conditioning, Losses, ParallelPlan, ParameterGroup, Term, Turn
+from hpc_gen.methods.protocol import (
+    ColumnSpec,
+    Conditioning,
+    Losses,
+    ParallelPlan,
+    ParameterGroup,
+    Term,
+    Turn,
+)
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.randomness import Draw, Draws, Integers, Normal, Uniform
 
@@ -66,9 +75,8 @@ class EnergyDiffusion:
 
     def columns(self) -> dict[str, ColumnSpec]:
         """The images or latents, and their labels."""
-        dtypes = ("uint8",) if self.config.input == "pixels" else ("float16", "float32")
         return {
-            self.config.column: ColumnSpec(dtypes, self.config.input_shape),
+            self.config.column: ColumnSpec(COLUMN_DTYPES[self.config.input], self.config.input_shape),
             "labels": ColumnSpec(("int64",), (), max_value=self.num_classes - 1),
         }
 
@@ -132,9 +140,7 @@ class EnergyDiffusion:
         poll: Callable[[], None],
     ) -> Tensor:
         """uint8 images [N, 3, H, W] when trained on pixels, float32 latents [N, C, h, w] when trained on latents."""
-        x = torch.empty(0)
-        for x in self.trajectory(conditions, draws, settings, poll):
-            pass
+        x = deque(self.trajectory(conditions, draws, settings, poll), maxlen=1).pop()
         return to_images(x) if self.config.input == "pixels" else x
 
     @torch.no_grad()

@@ -22,6 +22,10 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+# What the column of each `method.input` may hold.
+COLUMN_DTYPES: dict[str, tuple[str, ...]] = {"pixels": ("uint8",), "latents": ("float16", "float32")}
+
+
 @dataclass(frozen=True)
 class DecayGroups:
     """Parameter names by treatment: weight decay off, weight decay on, and the step size (no decay, own rate)."""
@@ -52,7 +56,9 @@ def num_classes(config: EnergyConfig, facts: TableFacts) -> int:
     """Classes of the model: the config's, else the table's; UserError when they differ or neither says."""
     if config.num_classes is None:
         if facts.num_classes < 1:
-            raise UserError("the training table names no classes; set method.num_classes (1 when images have no labels)")
+            raise UserError(
+                "the training table names no classes; set method.num_classes (1 if all images are of one kind)"
+            )
         return facts.num_classes
     if facts.num_classes > config.num_classes:
         raise UserError(
@@ -66,13 +72,20 @@ def check_table(config: EnergyConfig, facts: TableFacts) -> None:
     """Refuse a table whose column does not fit the config (UserError); no columns known = nothing to check."""
     if not facts.columns:
         return
+    found = ", ".join(sorted(facts.columns))
+    if "labels" not in facts.columns:
+        raise UserError(f"the training table has no column 'labels' (it has {found}); encode it with labels")
     if config.column not in facts.columns:
-        found = ", ".join(sorted(facts.columns))
         raise UserError(
             f"method.input is '{config.input}', but the training table has no column '{config.column}' "
             f"(it has {found}); set method.input or encode the table anew"
         )
-    _, shape = facts.columns[config.column]
+    dtype, shape = facts.columns[config.column]
+    if dtype not in COLUMN_DTYPES[config.input]:
+        raise UserError(
+            f"column '{config.column}' of the training table holds {dtype}, but method.input = '{config.input}' needs "
+            f"{' or '.join(COLUMN_DTYPES[config.input])}; encode the table anew"
+        )
     if tuple(shape) == config.input_shape:
         return
     wanted = f"method.image_size = {config.image_size} and method.channels = {config.channels}"

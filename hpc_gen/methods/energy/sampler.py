@@ -29,8 +29,8 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 def guided_prediction(network: Callable[..., Tensor], y_B: Tensor, null_class: int, scale: float) -> Predict:
     """Noise prediction (x, t) for the classes `y_B`, guided when `scale` is not 1.
 
-    The batch is doubled and its second half gets the null class. Deliberate deviation: the reference does not double the
-    batch, reuses the first half's predictions and guides only 3 channels, so its guided images mean nothing.
+    The batch is doubled and its second half gets the null class. Deliberate deviation: the reference does not double
+    the batch, reuses the first half's predictions and guides only 3 channels, so its guided images mean nothing.
     """
     if scale == 1.0:
         return lambda x, t_B: network(x, t_B, y_B)
@@ -90,7 +90,9 @@ def inner_clamp(diffusion: GaussianDiffusion) -> Table:
     return 2.0 * np.sqrt(diffusion.alphas_cumprod)
 
 
-def evaluation_layout(num_images: int, num_classes: int, batch: int, world_size: int, rank: int) -> tuple[Tensor, Tensor]:
+def evaluation_layout(
+    num_images: int, num_classes: int, batch: int, world_size: int, rank: int
+) -> tuple[Tensor, Tensor]:
     """Image ids and labels, both int64 [steps, batch], that one rank of the reference's evaluation draws.
 
     Labels are sorted (id // (num_images / classes)); ids at or above `num_images` get label 0 and are thrown away. Ours

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hpc_gen.runtime import clock, commit
-from hpc_gen.runtime.errors import CheckpointError
+from hpc_gen.runtime.errors import CheckpointError, FencedError, HpcGenError
 from hpc_gen.runtime.fence import Fence
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.ranks import Ranks
@@ -108,6 +108,11 @@ class CheckpointChain:
             error, self._error = self._error, None
             raise error
 
+    def settle(self) -> None:
+        """Let the save under way end, well or not (its error is in the journal): for the end of a failed attempt."""
+        if self._thread is not None:
+            self._thread.join()
+
     @property
     def saving(self) -> bool:
         """Whether a save is being written."""
@@ -138,33 +143,61 @@ class CheckpointChain:
             self._error = error
 
     def write(self, images_seen: int, share: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int:
-        """Write and commit synchronously (collective over the save group); returns the bytes of the checkpoint."""
-        group = self._ranks.save_group
+        """Write and commit synchronously (collective over the save group); returns the bytes of the checkpoint.
+
+        Raises the same kind of error on every rank; what was staged is removed then, so a full disk is not kept full.
+        """
         final = self._run.checkpoints / f"{images_seen:012d}"
-        staging = self._run.checkpoints / f".tmp-{images_seen:012d}"
-        if self._ranks.is_main:
-            commit.make_folder(self._run.checkpoints)
-            commit.remove_tree(staging)
-            commit.make_folder(staging)
-        self._ranks.save_barrier()
-        written = storage.save(share, staging, group)
-        gathered = self._ranks.save_all_gather(written)
-        failure: BaseException | None = None
-        size = 0
+        # the attempt is part of the name: a zombie of the attempt before must not stage into our folder
+        attempt = self._fence.attempt if self._fence is not None else 0
+        staging = self._run.checkpoints / f".tmp-{final.name}-{attempt:04d}"
+        try:
+            self._on_main(lambda: self._prepare(staging))
+            written = storage.save(share, staging, self._ranks.save_group)
+            gathered = self._ranks.save_all_gather(written)
+            files = {name: dict(entry) for part in gathered for name, entry in part.items()}
+            content = manifest.Manifest(images_seen, self._ranks.world_size, files, facts)
+            self._on_main(lambda: self._commit(staging, final, content))
+        except FencedError:
+            raise  # the folder is another attempt's now; it sweeps
+        except Exception:
+            self._clean(staging)
+            raise
+        return sum(int(entry["bytes"]) for entry in files.values())
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Rank 0 acts, the others wait; its failure is raised on every rank, so that none waits for it for ever."""
+        failure: Exception | None = None
         if self._ranks.is_main:
             try:
-                files = {name: dict(entry) for part in gathered for name, entry in part.items()}
-                size = sum(int(entry["bytes"]) for entry in files.values())
-                self._commit(staging, final, manifest.Manifest(images_seen, self._ranks.world_size, files, facts))
-            except Exception as error:  # told to every rank below, then raised on each
+                action()
+            except Exception as error:
                 failure = error
-        failures = self._ranks.save_all_gather(failure)
-        for error in failures:
-            if error is not None:
-                raise error
-        return size
+        # only our own errors are sure to survive the journey to other ranks
+        told = failure if failure is None or isinstance(failure, HpcGenError) else CheckpointError(repr(failure))
+        told = self._ranks.save_all_gather(told)[0]
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise told
+
+    def _prepare(self, staging: Path) -> None:
+        commit.make_folder(self._run.checkpoints)
+        commit.remove_tree(staging)
+        commit.make_folder(staging)
+
+    def _clean(self, staging: Path) -> None:
+        if self._ranks.is_main:
+            try:
+                commit.remove_tree(staging)
+            except (OSError, HpcGenError) as error:  # swept by the next attempt; what failed before says more
+                self._journal.event("fault", what="staging of a failed save is left behind", detail=str(error))
 
     def _commit(self, staging: Path, final: Path, content: manifest.Manifest) -> None:
+        for name, entry in content.files.items():
+            path = staging / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise CheckpointError(f"{path} has vanished or shrunk before its commit; is another process at work here?")
         commit.write_json(staging / manifest.NAME, content.to_json())
         # a run that fell back or was rolled back passes the same position again: equal content is kept, other replaced
         vouched = {name: int(entry["bytes"]) for name, entry in content.files.items()}
@@ -195,30 +228,33 @@ class CheckpointChain:
 
     # -- loading --------------------------------------------------------------------------------------------------
 
-    def load_newest(self, not_after: int | None = None) -> Loaded | None:
+    def load_newest(self) -> Loaded | None:
         """The newest whole checkpoint (collective), or None when the run has none at all.
 
-        Rank 0 verifies; a checkpoint that is not whole is reported and the one before it is tried. Raises
+        Rank 0 verifies; a checkpoint that is not whole is reported, set aside, and the one before it is tried. Raises
         CheckpointError when checkpoints exist but none is whole: training from scratch would hide the loss.
         """
         chosen: str | None = None
         failure: str | None = None
         if self._ranks.is_main:
-            candidates = read.list_checkpoints(self._run)
-            broken = _uncommitted(self._run)
-            for info in reversed(candidates):
-                if not_after is not None and info.images_seen > not_after:
-                    continue
-                found = read.verify(info.path)
+            broken: dict[Path, str] = {}
+            for path in _numbered(self._run):
+                found = read.verify(path)
                 if not found:
-                    chosen = str(info.path)
+                    chosen = str(path)
                     break
-                broken.append(found[0])
+                broken[path] = found[0]
                 self._journal.event("fault", what="checkpoint is not whole", detail=found[0])
-                self._say(f"checkpoint {info.images_seen} is not whole ({found[0]}); falling back to the one before it")
-                self._set_aside(info.path)  # retention counts whole checkpoints only
-            if chosen is None and broken:
-                failure = f"no checkpoint of {self._run.path} is whole: {broken[0]}"
+                self._say(f"checkpoint {path.name} is not whole ({found[0]}); falling back to the one before it")
+            if chosen is not None:
+                for path in broken:
+                    self._set_aside(path)  # retention counts whole checkpoints only
+            elif broken:
+                # nothing is set aside: the next attempt must not find an empty chain and begin anew in silence
+                failure = (
+                    f"no checkpoint of {self._run.path} is whole: {next(iter(broken.values()))}; restore one from a copy, "
+                    f"or move {self._run.checkpoints} away to begin anew"
+                )
         chosen, failure = self._ranks.broadcast_object((chosen, failure))
         if failure is not None:
             raise CheckpointError(failure)
@@ -238,12 +274,12 @@ class CheckpointChain:
                     commit.remove_tree(path)
 
 
-def _uncommitted(run: RunFolder) -> list[str]:
-    """Numbered folders without a readable manifest: they were damaged after their commit."""
+def _numbered(run: RunFolder) -> list[Path]:
+    """Every folder that is named like a checkpoint, whole or not, newest first."""
     if not run.checkpoints.is_dir():
         return []
-    listed = {info.path for info in read.list_checkpoints(run)}
-    odd = [path for path in run.checkpoints.iterdir() if path.name.isdigit() and path not in listed]
-    return [manifest.problems(path)[0] for path in sorted(odd)]
+    return sorted((path for path in run.checkpoints.iterdir() if path.name.isdigit()), key=_position, reverse=True)
 
 
+def _position(path: Path) -> int:
+    return int(path.name)

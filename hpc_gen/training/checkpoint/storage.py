@@ -19,12 +19,13 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from hpc_gen.runtime import commit
-from hpc_gen.runtime.errors import CheckpointError
+from hpc_gen.runtime.errors import CheckpointError, HpcGenError
 
 METADATA = ".metadata"
 
@@ -138,13 +139,20 @@ class _Planner(dcp.DefaultSavePlanner):
 def save(state: Mapping[str, Tensor], folder: Path, group: Any) -> dict[str, dict[str, Any]]:
     """Write `state` (this rank's share, CPU tensors) below `folder`; collective over `group` (None: one rank).
 
-    Returns this rank's files -> {bytes, sha256}; rank 0's include the metadata file.
+    Returns this rank's files -> {bytes, sha256}; rank 0's include the metadata file. What went wrong on any rank is
+    raised on all of them: HpcGenErrors as they are (UserError for a full disk), the rest as CheckpointError.
     """
     writer = Writer(folder)
-    with warnings.catch_warnings():
-        # one rank on purpose; torch would say so at every save
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(dict(state), storage_writer=writer, planner=_Planner(), process_group=group, no_dist=group is None)
+    try:
+        with warnings.catch_warnings():
+            # one rank on purpose; torch would say so at every save
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(dict(state), storage_writer=writer, planner=_Planner(), process_group=group, no_dist=group is None)
+    except CheckpointException as error:  # a BaseException of torch's, which nobody above would expect
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        if isinstance(cause, HpcGenError):
+            raise cause from error
+        raise CheckpointError(f"rank {rank} could not write its part of {folder}: {cause!r}") from error
     return writer.written
 
 

@@ -103,6 +103,8 @@ class DdpEngine:
     @torch.no_grad()
     def evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Global mean of each term and their weighted total `loss`; the draws are the caller's. A rank without rows passes no micro-batch."""
+        for module in self._modules.values():
+            module.eval()  # no forward may move a buffer here, or ranks would part; step() puts them back
         placed = [self._placed(micro) for micro in micro_batches]
         sums: dict[str, Tensor] = {}
         counts: dict[str, float] = {}

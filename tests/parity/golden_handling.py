@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from compare import Produced
+from golden_compare import Produced
 from golden_files import PARITY_FOLDER, REPOSITORY, Case, OfficialModel
 
 

@@ -172,7 +172,8 @@ def _difference(a: NDArray[Any], b: NDArray[Any], rule: Rule) -> str | None:
         return None
     at = np.unravel_index(int(gap.argmax()), gap.shape)
     index = list(map(int, at))
-    return f"{rule['rule']} broken: {broken}; largest difference {gap[at]:.4g} at {index} ({a[at]!s} instead of {b[at]!s})"
+    values = f"{a[at]!s} instead of {b[at]!s}"
+    return f"{rule['rule']} broken: {broken}; largest difference {gap[at]:.4g} at {index} ({values})"
 
 
 def _broken(gap: NDArray[np.float64], b: NDArray[Any], rule: Rule) -> str | None:
@@ -199,7 +200,8 @@ def _broken(gap: NDArray[np.float64], b: NDArray[Any], rule: Rule) -> str | None
     if gap.max() > rule["max_levels"]:
         return f"more than {rule['max_levels']} levels apart"
     fraction = float((gap > 0).mean())
-    return f"{fraction:.4g} of the values differ, above {rule['max_fraction']}" if fraction > rule["max_fraction"] else None
+    above = fraction > rule["max_fraction"]
+    return f"{fraction:.4g} of the values differ, above {rule['max_fraction']}" if above else None
 
 
 def json_differences(a: Any, b: Any, rule: Rule, path: str) -> list[str]:
@@ -213,7 +215,8 @@ def json_differences(a: Any, b: Any, rule: Rule, path: str) -> list[str]:
     if isinstance(b, (list, tuple)):
         if not isinstance(a, (list, tuple)) or len(a) != len(b):
             return [f"{path}: {_short(a)} instead of a list of {len(b)}"]
-        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in json_differences(x, y, rule, f"{path}[{i}]")]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [line for i, (x, y) in pairs for line in json_differences(x, y, rule, f"{path}[{i}]")]
     if _is_number(a) and _is_number(b):
         if math.isnan(a) or math.isnan(b):
             return [f"{path}: NaN"]

@@ -1,0 +1,378 @@
+"""What the report says, gathered from a run folder alone: journal, samples, metrics, config. No HTML here."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval_jobs.charts import Mark, Series, line_chart
+from hpc_gen.config.loader import Resolved
+from hpc_gen.metrics import results
+from hpc_gen.metrics.results import MetricRecord
+from hpc_gen.runtime import goodput, journal
+from hpc_gen.runtime.errors import ExitCode, HpcGenError
+from hpc_gen.runtime.journal import Attempt, Event, Row
+from hpc_gen.runtime.progress import format_duration
+from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.sampling.images import grid, png_bytes
+from hpc_gen.sampling.index import SampleIndex, read_index
+
+OWN_STAGE = "report"
+GRID_IMAGES = 80
+GRID_COLUMNS = 10
+MAX_PREVIEWS = 8
+MAX_ATTEMPTS_DRAWN = 40
+MAX_CHARTS = 12
+
+ENDINGS = {
+    ExitCode.DONE: "done",
+    ExitCode.USER: "ended by a mistake in the command or config",
+    ExitCode.DATA: "ended: data or checkpoint refused",
+    ExitCode.BUG: "failed",
+    ExitCode.DIVERGED: "diverged",
+    ExitCode.REQUEUE: "preempted, state saved",
+    ExitCode.REQUEUE_ELSEWHERE: "ended: wants other nodes",
+    ExitCode.STOPPED: "stopped by the user, state saved",
+}
+BOOKED = {
+    "productive": "steps and units that are part of the run as it stands",
+    "start_up": "from the start of a process to its first step or unit",
+    "data_wait": "steps that waited for data",
+    "save_stall": "steps that waited for a checkpoint to be copied",
+    "redone": "work above the point from which a later attempt went on",
+    "idle": "held without training: validation, previews, waiting for others",
+    "unknown": "the rest, such as the last moments of a killed attempt",
+}
+METRIC_TITLES = {
+    "fid": ("Frechet distance (FID)", "lower is better"),
+    "kid": ("Kernel distance (KID)", "lower is better"),
+    "precision": ("Precision", "higher is better"),
+    "recall": ("Recall", "higher is better"),
+    "isc": ("Inception score", "higher is better"),
+}
+CHART_UNITS = {"learning_rate": ("Learning rate", "per step"), "grad_norm": ("Gradient norm", "L2 norm")}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image for the page: a data URI, its size in pixels, what it shows."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """Everything the template shows. Parts that are not there yet are empty; damaged ones are named in `problems`."""
+    problems: list[str] = []
+    events, kept = _work(run)
+    rows = journal.history_of(event for event in events if event.stage == "train" and event.task == 0)
+    samples = _samples(run, problems)
+    metrics = _metrics(run, problems)
+    torn = journal.read(run).torn
+    if torn:
+        problems.append(f"{torn} lines of the journal were cut off by kills and are left out")
+    receipt = goodput.receipt_of(events)
+    return {
+        "title": resolved.experiment.report.title or resolved.experiment.name,
+        "run": run.name,
+        "facts": _facts(resolved, rows, kept, receipt),
+        "samples": samples,
+        "previews": _previews(run),
+        "charts": _charts(rows, kept),
+        "num_rows": len(rows),
+        "metrics": metrics,
+        "attempts": _attempts(events, kept),
+        "receipt": _receipt(receipt),
+        "identity": resolved.identity,
+        "operation": resolved.operation,
+        "versions": _versions(run),
+        "config": resolved.to_yaml(),
+        "problems": problems,
+    }
+
+
+def _work(run: RunFolder) -> tuple[list[Event], list[Attempt]]:
+    """Events and attempts without those of the report itself and those that looked and found nothing to do.
+
+    Else a page would never be up to date: making it is an attempt, too.
+    """
+    events = journal.read(run)
+    worked = {
+        (event.attempt, event.stage) for event in events if event.kind in ("interval", "unit_begin", "save_begin", "row")
+    }
+    kept = [
+        attempt
+        for attempt in journal.attempts(run)
+        if attempt.stage != OWN_STAGE and ((attempt.number, attempt.stage) in worked or attempt.exit_code != ExitCode.DONE)
+    ]
+    names = {(attempt.number, attempt.stage) for attempt in kept}
+    return [event for event in events if (event.attempt, event.stage) in names], kept
+
+
+def _facts(
+    resolved: Resolved, rows: Sequence[Row], attempts: Sequence[Attempt], receipt: goodput.Goodput
+) -> list[tuple[str, str]]:
+    """The few numbers at the top: (value, what it is)."""
+    found: list[tuple[str, str]] = []
+    train = resolved.experiment.train
+    if train is not None and rows:
+        found.append((f"{rows[-1].images_seen:,}", f"of {train.total_images:,} images seen in training"))
+        loss = next((row.data["loss"] for row in reversed(rows) if math.isfinite(row.data.get("loss", math.nan))), None)
+        if loss is not None:
+            found.append((f"{loss:.4g}", "training loss at the end"))
+    interrupted = [attempt for attempt in attempts if attempt.exit_code != ExitCode.DONE]
+    if attempts:
+        times = "once" if len(interrupted) == 1 else f"{len(interrupted)} times"
+        broken = f", interrupted {times}" if interrupted else ", never interrupted"
+        found.append((str(len(attempts)), f"attempt{'s' if len(attempts) > 1 else ''}{broken}"))
+    if receipt.total_s > 0:
+        found.append((f"{receipt.goodput:.0%}", f"goodput of {format_duration(receipt.total_s)} rank time"))
+    return found
+
+
+def _samples(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
+    """Grid and plan of each finished set of samples; `main` first."""
+    found = []
+    folders = sorted((run.path / "samples").glob("*/index.json"), key=lambda path: (path.parent.name != "main", path))
+    for path in folders:
+        try:
+            index = read_index(path.parent)
+            found.append({"tag": path.parent.name, "picture": _grid(index), "plan": _plan(index)})
+        except HpcGenError as error:
+            problems.append(str(error))
+    return found
+
+
+def _grid(index: SampleIndex) -> Picture:
+    plan = index.plan
+    columns = plan.num_classes if 2 <= plan.num_classes <= 16 and plan.classes == "balanced" else GRID_COLUMNS
+    count = min(index.num_images, GRID_IMAGES // columns * columns)
+    side = index.image_shape[-1]
+    picture = grid(index.read(range(count)), columns, gap=max(1, side // 16), scale=max(1, 64 // side))
+    by_class = f"; each column is one of the {columns} classes" if columns == plan.num_classes else ""
+    caption = f"Images 0 to {count - 1} of {index.num_images:,}{by_class}"
+    uri = _data_uri(png_bytes(picture))
+    return Picture(uri, picture.width, picture.height, f"Grid of {count} generated images", caption)
+
+
+def _plan(index: SampleIndex) -> list[tuple[str, str]]:
+    """The plan in words: (field, value)."""
+    plan = index.plan
+    weights = f"average '{plan.ema}'" if plan.ema else "raw weights"
+    classes = f"{plan.classes}, {plan.num_classes} classes" if plan.num_classes else "no classes"
+    return [
+        ("images", f"{plan.num_images:,} of {index.image_shape[-1]} x {index.image_shape[-2]} pixels"),
+        ("checkpoint", f"at {plan.checkpoint_images_seen:,} images, {weights}"),
+        ("classes", classes),
+        ("sampler", ", ".join(f"{name} {_plain(value)}" for name, value in sorted(plan.settings.items())) or "defaults"),
+        ("seed", str(plan.seed)),
+        ("blocks", f"{plan.block_images} images in batches of {plan.batch}, {plan.threads} threads, {plan.device}"),
+        ("plan hash", plan.hash),
+        ("checkpoint manifest", plan.checkpoint_manifest_sha256),
+    ]
+
+
+def _plain(value: Any) -> str:
+    return "default" if value is None else str(value)
+
+
+def _data_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def _previews(run: RunFolder) -> list[Picture]:
+    """Previews during training, evenly chosen from the first to the last."""
+    paths = sorted(path for path in run.previews.glob("*.png") if path.stem.isdigit())
+    if len(paths) > MAX_PREVIEWS:
+        paths = [paths[round(i * (len(paths) - 1) / (MAX_PREVIEWS - 1))] for i in range(MAX_PREVIEWS)]
+    found = []
+    for path in paths:
+        content = path.read_bytes()
+        width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])  # of the PNG header
+        seen = f"{int(path.stem):,} images"
+        found.append(Picture(_data_uri(content), width, height, f"Samples after {seen}", seen))
+    return found
+
+
+def _charts(rows: Sequence[Row], attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
+    """Loss with validation first, then learning rate, gradient norm and whatever else the rows hold."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.data.items():
+            series.setdefault(name, []).append((float(row.images_seen), value))
+    marks = [
+        Mark(float(attempt.resumed_from), f"attempt {attempt.number} went on from {attempt.resumed_from:,} images")
+        for attempt in attempts
+        if attempt.stage == "train" and attempt.resumed_from
+    ]
+    losses = [name for name in ("loss", "validation/loss") if name in series]
+    groups: list[tuple[str, str, list[str]]] = [("Loss", "loss", losses)] if losses else []
+    drawn = set(losses)
+    for name in ("learning_rate", "grad_norm", *sorted(series)):
+        duplicate = name not in CHART_UNITS and "loss" in series and series.get(name) == series["loss"]
+        if name in series and name not in drawn and not duplicate and f"validation/{name}" not in losses:
+            title, unit = CHART_UNITS.get(name, (name, "value"))
+            also = [f"validation/{name}"] if f"validation/{name}" in series and not name.startswith("validation/") else []
+            groups.append((title, unit, [name, *also]))
+            drawn.update([name, *also])
+    charts = []
+    for title, unit, names in groups[:MAX_CHARTS]:
+        svg = line_chart(title, unit, [Series(name, series[name]) for name in names], marks)
+        if svg:
+            charts.append({"title": title, "svg": svg, "names": names if len(names) > 1 else [], "marks": len(marks)})
+    return charts
+
+
+def _metrics(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
+    """Every number with how it was made, `main` first."""
+    found = []
+    paths = sorted((run.path / "metrics").glob("*.json"), key=lambda path: (path.stem != "main", path))
+    for path in paths:
+        try:
+            found.append({"tag": path.stem, "records": [_record(record) for record in results.read(path).records]})
+        except HpcGenError as error:
+            problems.append(str(error))
+    return found
+
+
+def _record(record: MetricRecord) -> dict[str, Any]:
+    title, direction = METRIC_TITLES.get(record.name, (record.name, ""))
+    value = "not available" if record.value is None else f"{record.value:.4g}"
+    spread = "" if record.std is None else f"± {record.std:.2g}"
+    note = (record.note or "").removeprefix("not available: ")
+    extractor = record.measure.get("extractor", {}).get("name", "")
+    reference = record.measure.get("reference")
+    against = f"{reference['rows']:,} reference images" if reference else "no reference"
+    how = f"{record.measure.get('num_images', 0):,} samples, {against}, {extractor}"
+    groups = [("How it was measured", _lines(record.measure)), ("What was measured", _lines(record.subject))]
+    return {
+        "name": record.name,
+        "title": title,
+        "direction": direction,
+        "value": value,
+        "spread": spread,
+        "note": note,
+        "how": how,
+        "groups": groups,
+    }
+
+
+def _lines(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (dotted name, text)."""
+    found: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            found += _lines(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", "none" if value is None else str(value)))
+    return found
+
+
+def _attempts(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Attempts as bars on one time axis (places in percent), with their saves and signals, and as table rows."""
+    if not attempts:
+        return {"rows": [], "drawn": [], "ticks": [], "hidden": 0}
+    drawn = attempts[-MAX_ATTEMPTS_DRAWN:]
+    begin = min(attempt.start for attempt in drawn)
+    span = max(1.0, max(attempt.last_seen for attempt in drawn) - begin)
+
+    def percent(t: float) -> float:
+        return round(min(100.0, max(0.0, 100 * (t - begin) / span)), 3)
+
+    bars = []
+    for attempt in drawn:
+        own = [e for e in events if (e.attempt, e.stage) == (attempt.number, attempt.stage) and e.task == 0]
+        bars.append(
+            {
+                "label": f"{attempt.number} {attempt.stage}",
+                "stage": attempt.stage if attempt.stage in ("encode", "train", "sample", "evaluate") else "other",
+                "left": percent(attempt.start),
+                "width": max(0.4, percent(attempt.last_seen) - percent(attempt.start)),
+                "text": f"attempt {attempt.number}, {attempt.stage}: {format_duration(_lasted(attempt))}, {ending(attempt)}",
+                "broken": attempt.exit_code != ExitCode.DONE,
+                "saves": [
+                    {"left": percent(e.t), "text": f"checkpoint at {int(e.fields.get('images_seen') or 0):,} images"}
+                    for e in own
+                    if e.kind == "save_committed"
+                ],
+                "signals": [
+                    {"left": percent(e.t), "text": str(e.fields.get("detail") or e.kind)}
+                    for e in own
+                    if e.kind in ("signal", "fault", "save_failed", "rollback")
+                ],
+            }
+        )
+    rows = [
+        {
+            "number": attempt.number,
+            "stage": attempt.stage,
+            "start": _utc(attempt.start),
+            "lasted": format_duration(_lasted(attempt)),
+            "width": attempt.world_size,
+            "from": "" if attempt.resumed_from is None else f"{attempt.resumed_from:,}",
+            "ended": ending(attempt),
+            "broken": attempt.exit_code != ExitCode.DONE,
+        }
+        for attempt in attempts
+    ]
+    axis = [{"left": 25.0 * i, "text": format_duration(span * i / 4) if i else "0"} for i in range(5)]
+    return {"rows": rows, "drawn": bars, "ticks": axis, "hidden": len(attempts) - len(drawn)}
+
+
+def _lasted(attempt: Attempt) -> float:
+    return max(0.0, (attempt.end or attempt.last_seen) - attempt.start)
+
+
+def _utc(t: float) -> str:
+    return datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def ending(attempt: Attempt) -> str:
+    """How an attempt ended, in words."""
+    if attempt.exit_code is None:
+        return "killed without a word"
+    known = attempt.exit_code in set(ExitCode)
+    word = ENDINGS[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
+    return word if attempt.cause in (None, "done", word) else f"{word} ({attempt.cause})"
+
+
+def _receipt(receipt: goodput.Goodput) -> dict[str, Any]:
+    """Rank time by what became of it; shares sum to 100 %."""
+    rows = [
+        {
+            "name": name,
+            "title": name.replace("_", " "),
+            "meaning": BOOKED[name],
+            "seconds": format_duration(receipt.seconds[name]),
+            "share": receipt.fractions[name],
+        }
+        for name in goodput.CATEGORIES
+    ]
+    return {
+        "rows": rows,
+        "total": format_duration(receipt.total_s),
+        "elapsed": format_duration(receipt.elapsed_s),
+        "waiting": format_duration(receipt.waiting_s),
+        "known": receipt.total_s > 0,
+    }
+
+
+def _versions(run: RunFolder) -> list[tuple[str, str]]:
+    """Versions by which the metrics of the run were computed, as recorded in them."""
+    for path in sorted((run.path / "metrics").glob("*.json")):
+        try:
+            records = results.read(path).records
+        except HpcGenError:
+            continue  # named among the problems already
+        for record in records:
+            versions = record.subject.get("versions")
+            if isinstance(versions, Mapping):
+                return [(str(name), str(version)) for name, version in versions.items()]
+    return []
