@@ -12,7 +12,7 @@ from hpc_gen.runtime.progress import format_count
 WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
 MAX_POINTS = 400
-LOG_ABOVE = 30.0  # largest over smallest value from which the vertical axis is logarithmic
+LOG_ABOVE = 12.0  # largest over smallest value from which the vertical axis is logarithmic
 
 Point = tuple[float, float]
 

@@ -105,12 +105,15 @@ def _work(run: RunFolder) -> tuple[list[Event], list[Attempt]]:
     """
     events = journal.read(run)
     worked = {
-        (event.attempt, event.stage) for event in events if event.kind in ("interval", "unit_begin", "save_begin", "row")
+        (event.attempt, event.stage)
+        for event in events
+        if event.kind in ("interval", "unit_begin", "save_begin", "row")
     }
     kept = [
         attempt
         for attempt in journal.attempts(run)
-        if attempt.stage != OWN_STAGE and ((attempt.number, attempt.stage) in worked or attempt.exit_code != ExitCode.DONE)
+        if attempt.stage != OWN_STAGE
+        and ((attempt.number, attempt.stage) in worked or attempt.exit_code != ExitCode.DONE)
     ]
     names = {(attempt.number, attempt.stage) for attempt in kept}
     return [event for event in events if (event.attempt, event.stage) in names], kept
@@ -171,7 +174,10 @@ def _plan(index: SampleIndex) -> list[tuple[str, str]]:
         ("images", f"{plan.num_images:,} of {index.image_shape[-1]} x {index.image_shape[-2]} pixels"),
         ("checkpoint", f"at {plan.checkpoint_images_seen:,} images, {weights}"),
         ("classes", classes),
-        ("sampler", ", ".join(f"{name} {_plain(value)}" for name, value in sorted(plan.settings.items())) or "defaults"),
+        (
+            "sampler",
+            ", ".join(f"{name} {_plain(value)}" for name, value in sorted(plan.settings.items())) or "defaults",
+        ),
         ("seed", str(plan.seed)),
         ("blocks", f"{plan.block_images} images in batches of {plan.batch}, {plan.threads} threads, {plan.device}"),
         ("plan hash", plan.hash),
@@ -212,22 +218,28 @@ def _charts(rows: Sequence[Row], attempts: Sequence[Attempt]) -> list[dict[str, 
         for attempt in attempts
         if attempt.stage == "train" and attempt.resumed_from
     ]
-    losses = [name for name in ("loss", "validation/loss") if name in series]
-    groups: list[tuple[str, str, list[str]]] = [("Loss", "loss", losses)] if losses else []
-    drawn = set(losses)
-    for name in ("learning_rate", "grad_norm", *sorted(series)):
-        duplicate = name not in CHART_UNITS and "loss" in series and series.get(name) == series["loss"]
-        if name in series and name not in drawn and not duplicate and f"validation/{name}" not in losses:
-            title, unit = CHART_UNITS.get(name, (name, "value"))
-            also = [f"validation/{name}"] if f"validation/{name}" in series and not name.startswith("validation/") else []
-            groups.append((title, unit, [name, *also]))
-            drawn.update([name, *also])
     charts = []
-    for title, unit, names in groups[:MAX_CHARTS]:
+    for title, unit, names in _chart_groups(series)[:MAX_CHARTS]:
         svg = line_chart(title, unit, [Series(name, series[name]) for name in names], marks)
         if svg:
             charts.append({"title": title, "svg": svg, "names": names if len(names) > 1 else [], "marks": len(marks)})
     return charts
+
+
+def _chart_groups(series: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[str, str, list[str]]]:
+    """Which series share a chart: (title, unit, names); a training value goes with its validation."""
+    groups: list[tuple[str, str, list[str]]] = []
+    drawn: set[str] = set()
+    for name in ["loss", *CHART_UNITS, *sorted(series)]:
+        # a method with one term logs it under two names
+        twins = [] if name in CHART_UNITS else [twin for twin in ("loss", "validation/loss") if twin != name]
+        if name not in series or name in drawn or any(series[name] == series.get(twin) for twin in twins):
+            continue
+        names = [each for each in (name, f"validation/{name}") if each in series]
+        title, unit = CHART_UNITS.get(name, ("Loss", "loss") if name == "loss" else (name, "value"))
+        groups.append((title, unit, names))
+        drawn.update(names)
+    return groups
 
 
 def _metrics(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
@@ -295,7 +307,7 @@ def _attempts(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str,
                 "stage": attempt.stage if attempt.stage in ("encode", "train", "sample", "evaluate") else "other",
                 "left": percent(attempt.start),
                 "width": max(0.4, percent(attempt.last_seen) - percent(attempt.start)),
-                "text": f"attempt {attempt.number}, {attempt.stage}: {format_duration(_lasted(attempt))}, {ending(attempt)}",
+                "text": f"{attempt.stage}, {format_duration(_lasted(attempt))}: {ending(attempt)}",
                 "broken": attempt.exit_code != ExitCode.DONE,
                 "saves": [
                     {"left": percent(e.t), "text": f"checkpoint at {int(e.fields.get('images_seen') or 0):,} images"}

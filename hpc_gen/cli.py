@@ -128,7 +128,7 @@ def _print_plan(config: str, overrides: list[str], workspace: Path | None, stage
 
 
 @app.command(
-    epilog=_example("hpc-gen stage mnist16 train", "torchrun --nproc-per-node 2 -m hpc_gen.cli stage mnist16 train")
+    epilog=_example("hpc-gen stage demo-mnist16 train", "torchrun --nproc-per-node 2 -m hpc_gen.cli stage mnist16 train")
 )
 def stage(run: Run, name: Annotated[str, typer.Argument(metavar="NAME", help="Stage, as `encode` or `train`.")],
           workspace: Workspace = None, dry_run: DryRun = False) -> None:  # fmt: skip
@@ -167,7 +167,7 @@ _short_form("evaluate", "Compute the metrics of a run.")
 _short_form("report", "Write the report of a run.")
 
 
-@app.command(epilog=_example("hpc-gen status mnist16", "hpc-gen status runs/mnist16 --json"))
+@app.command(epilog=_example("hpc-gen status demo-mnist16", "hpc-gen status runs/demo-mnist16 --json"))
 def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """What a run has done and is doing, in plain words.
 
@@ -183,7 +183,7 @@ def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
         say(line)
 
 
-@app.command(epilog=_example("hpc-gen preempt mnist16 --wait"))
+@app.command(epilog=_example("hpc-gen preempt demo-mnist16 --wait"))
 def preempt(
     run: Run,
     workspace: Workspace = None,
@@ -202,7 +202,7 @@ def preempt(
     _end(0 if ended else UserError.exit_code)
 
 
-@app.command(epilog=_example("hpc-gen resume mnist16"))
+@app.command(epilog=_example("hpc-gen resume demo-mnist16"))
 def resume(run: Run, workspace: Workspace = None, stages: Stages = None, dry_run: DryRun = False) -> None:
     """Go on with a run, from its folder alone.
 
@@ -342,7 +342,7 @@ def weights_fetch(
     fetch.fetch(name, _workspace(workspace), say=say, dry_run=dry_run)
 
 
-@checkpoints_app.command("list", epilog=_example("hpc-gen checkpoints list mnist16"))
+@checkpoints_app.command("list", epilog=_example("hpc-gen checkpoints list demo-mnist16"))
 def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """Committed checkpoints of a run, oldest first."""
     from hpc_gen.runtime.progress import format_count
@@ -358,7 +358,7 @@ def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) 
         say("no checkpoint yet")
 
 
-@checkpoints_app.command("verify", epilog=_example("hpc-gen checkpoints verify mnist16"))
+@checkpoints_app.command("verify", epilog=_example("hpc-gen checkpoints verify demo-mnist16"))
 def checkpoints_verify(run: Run, workspace: Workspace = None) -> None:
     """Compare every byte of every checkpoint with its manifest."""
     from hpc_gen.training.checkpoint import read

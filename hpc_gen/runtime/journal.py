@@ -3,14 +3,14 @@
 One file per process, `journal/ATTEMPT_STAGE_TASK.jsonl`, one JSON object per line: {"t": wall seconds,
 "kind": ..., fields}. Files are only ever appended to, one `write` call per line, so a kill at any moment
 costs at most the line being written; readers skip such a torn line and count it. Nothing here may stop the
-work: a full or vanished disk makes the journal poorer, never the run fail. Status, goodput, the report and the
-wandb mirror are computed from it.
+work: a full or vanished disk makes the journal poorer, never the run fail. Status, goodput, the report and
+the wandb mirror are computed from it.
 
 Kinds that readers understand (others are kept as they are):
   attempt_start{world_size, rank, host, process_start, resumed_from, identity}   process_start: wall seconds
         when the process began; resumed_from: images_seen of the checkpoint loaded, None for a fresh start
   attempt_end{exit_code, cause, images_seen}
-  row{images_seen, data}   numbers for the curves; the row of a checkpoint's images_seen must be written before
+  row{images_seen, data}   for the curves; the row of a checkpoint's images_seen must be written before
         its save_begin, which makes all rows so far durable (so that a resumed history has no holes)
   rollback{images_seen, resumed_from}   training went back inside an attempt, to the checkpoint `resumed_from`
   interval, unit_begin, unit_committed  see goodput.py

@@ -91,13 +91,14 @@ def run_ranks(
     threads: int,
     grace_s: float = 30.0,
     hold_signals: bool = True,
+    log_name: str = "rank",
 ) -> int:
     """Run `argv` as `world_size` ranks on this machine and return the exit code of the whole.
 
     `env` is laid over the parent's environment; RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT and the thread counts over that. Output of rank 0 goes to `on_line` (called in a thread,
     without line end; an exception in it is raised here when all is over), else to stdout; with `log_dir`,
-    every rank's output, rank 0's too, is appended to log_dir/rank_N.log. Without log_dir and on_line rank 0
+    every rank's output, rank 0's too, is appended to log_dir/LOG-NAME_N.log. Without log_dir and on_line rank 0
     simply inherits stdout, so that it can draw on a terminal. Without log_dir the other ranks' stdout is
     dropped; their stderr is ours.
 
@@ -115,7 +116,7 @@ def run_ranks(
             "MASTER_PORT": str(port.getsockname()[1]),
         }
         own = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-        family = _Family(argv, "rank", own, env, log_dir, on_line, threads, grace_s, hold_signals)
+        family = _Family(argv, "rank", own, env, log_dir, log_name, on_line, threads, grace_s, hold_signals)
         return family.run()
 
 
@@ -129,6 +130,7 @@ def run_tasks(
     threads: int,
     grace_s: float = 30.0,
     hold_signals: bool = True,
+    log_name: str = "task",
 ) -> int:
     """As `run_ranks` for tasks that do not talk to each other: they get HPC_GEN_TASK and HPC_GEN_NUM_TASKS.
 
@@ -138,7 +140,7 @@ def run_tasks(
     if tasks < 1:
         raise UserError(f"tasks is {tasks}; at least one task is needed")
     own = [{"HPC_GEN_TASK": str(task), "HPC_GEN_NUM_TASKS": str(tasks)} for task in range(tasks)]
-    return _Family(argv, "task", own, env, log_dir, on_line, threads, grace_s, hold_signals).run()
+    return _Family(argv, "task", own, env, log_dir, log_name, on_line, threads, grace_s, hold_signals).run()
 
 
 class _Family:
@@ -151,6 +153,7 @@ class _Family:
         own: Sequence[Mapping[str, str]],
         env: Mapping[str, str],
         log_dir: Path | None,
+        log_name: str,
         on_line: Callable[[str], None] | None,
         threads: int,
         grace_s: float,
@@ -158,7 +161,8 @@ class _Family:
     ) -> None:
         self._argv = [os.fspath(part) for part in argv]
         self._word, self._own, self._env = word, own, env
-        self._log_dir, self._on_line, self._threads = log_dir, on_line, threads
+        self._log_dir, self._log_name = log_dir, log_name
+        self._on_line, self._threads = on_line, threads
         self._grace_s, self._hold_signals = grace_s, hold_signals
         self._children: list[_Child] = []
         self._received: list[signal.Signals] = []
@@ -305,7 +309,7 @@ class _Family:
         print(f"launch: {self._word} {child.number} {how}{rest}{where}", file=sys.stderr, flush=True)
 
     def _log_path(self, number: int) -> Path | None:
-        return None if self._log_dir is None else self._log_dir / f"{self._word}_{number}.log"
+        return None if self._log_dir is None else self._log_dir / f"{self._log_name}_{number}.log"
 
     def _send(self, number: signal.Signals) -> None:
         for child in self._children:

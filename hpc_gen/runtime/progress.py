@@ -50,7 +50,7 @@ class Progress:
             self._open_bar()
 
     def update(self, done: int, **fields: object) -> None:
-        """Report that `done` of total is done; `fields` (loss=0.12, ...) are shown behind, with 4 digits."""
+        """Report that `done` of total is done; `fields` (loss=0.12, ...) are shown behind, None is not."""
         now = clock.monotonic()
         self.done, self._fields = done, fields or self._fields
         self._samples.append((now, done))
@@ -83,6 +83,13 @@ class Progress:
             return None
         return max(0.0, (self.total - self.done) / self.rate)
 
+    def say(self, line: str) -> None:
+        """Write a line of its own: above the bar on a terminal, else as it is."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            self._print(line)
+
     def close(self) -> None:
         """Show the last state; safe to call twice."""
         if self._bar is not None:
@@ -107,7 +114,8 @@ class Progress:
             parts = [f"{format_count(overall)} {self.unit}/s", f"took {format_duration(now - began)}"]
         elif self.total is not None:
             parts.append(f"ETA {format_duration(self.eta_s)}")
-        parts += [f"{name} {_format_field(value)}" for name, value in self._fields.items()]
+        known = {name: value for name, value in self._fields.items() if value is not None}
+        parts += [f"{name} {_format_field(value)}" for name, value in known.items()]
         return "  ".join(parts)
 
     def _print_line(self, now: float) -> None:
@@ -117,8 +125,11 @@ class Progress:
         else:
             percent = 100.0 * self.done / self.total if self.total else 100.0
             head = f"{self.label}  {self.done:,}/{self.total:,} {self.unit}  {percent:.1f} %"
+        self._print(f"{head}  {self._tail()}")
+
+    def _print(self, line: str) -> None:
         try:
-            print(f"{head}  {self._tail()}", file=self._stream, flush=True)
+            print(line, file=self._stream, flush=True)
         except OSError:
             pass  # a closed pipe (`| head`) is no reason to stop the work; there is nobody left to tell
 

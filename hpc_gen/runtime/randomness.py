@@ -91,7 +91,7 @@ class _Engine(threading.local):
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
         self.generator = np.random.Generator(self.philox)
-        self.state: Any = self.philox.state
+        self.state: Any = self.philox.state  # a copy of the fresh state: nothing buffered from an earlier draw
         self.key = self.state["state"]["key"]
         self.counter = self.state["state"]["counter"]
 
@@ -101,8 +101,6 @@ class _Engine(threading.local):
             raise ValueError(f"draw (n={n}, k={k}) is out of range; both lie in [0, 2**64)")
         self.key[:] = (key & _WORD, key >> 64)
         self.counter[:] = (0, 0, n, k)
-        self.state["buffer_pos"] = 4  # nothing left over from the last draw
-        self.state["has_uint32"] = 0
         self.philox.state = self.state
         return self.generator
 

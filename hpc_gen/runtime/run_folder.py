@@ -1,6 +1,6 @@
 """The layout of a run folder (DESIGN section 5): one place that knows where each thing of a run lies.
 
-Pure path arithmetic: nothing here creates, reads or writes a file, apart from `exists`.
+Path arithmetic: nothing here creates, reads or writes a file, apart from `exists`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_gen.runtime import env
 from hpc_gen.runtime.errors import UserError
 
 # Tags and stage names become names of folders and files. A leading dot is reserved for staging (commit.py).
@@ -44,6 +45,12 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was begun here (its config is written)."""
         return self.config_path.is_file()
+
+    @property
+    def workspace(self) -> Path:
+        """Folder of the tables and downloads that the run names: the one whose `runs/` it lies in, wherever the command
+        was typed; $HPC_GEN_WORKSPACE or the current folder for a run that was moved out."""
+        return self.path.parent.parent if self.path.parent.name == "runs" else env.workspace()
 
     @property
     def config_path(self) -> Path:

@@ -360,6 +360,7 @@ class _Publisher:
             "x_disable_stats": True,
             "x_disable_meta": True,
             "x_disable_machine_info": True,
+            "x_save_requirements": False,
             "init_timeout": _INIT_TIMEOUT_S,
             "finish_timeout": _FINISH_TIMEOUT_S,
             "finish_timeout_raises": True,

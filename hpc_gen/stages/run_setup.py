@@ -15,6 +15,7 @@ from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
 
 PACKAGES = ("hpc_gen", "shard_tools", "eval_jobs", "slurm")
+WEIGHTS_DEPEND_ON = ("seed", "method", "data", "encode", "train")
 _SOURCE = Path(hpc_gen.__file__).resolve().parent.parent
 
 
@@ -27,8 +28,9 @@ def typed(resolved: Resolved) -> Resolved:
 def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) -> RunFolder:
     """The run folder of an experiment: made when new, checked when it exists.
 
-    An existing run with the same identity goes on; changed operation keys (ranks, intervals, stop_at_images) are
-    taken over. Raises UserError naming the keys that differ when the identity is another.
+    An existing run goes on. Changed operation keys (ranks, intervals, stop_at_images) and other settings of sampling and
+    evaluation are taken over: samples and metrics carry hashes of their own and refuse to be mixed. Raises UserError
+    naming the keys that differ when what the weights depend on is another.
     """
     resolved = typed(resolved)
     run = RunFolder(workspace / "runs" / (name or resolved.experiment.name))
@@ -36,13 +38,14 @@ def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) ->
         _create(run, resolved)
         return run
     before = load_run(run)
-    if before.identity != resolved.identity:
-        changed = [f"{key} ({old!r} -> {new!r})" for key, old, new in loader.diff(before, resolved)]
+    if before.identity_of(*WEIGHTS_DEPEND_ON) != resolved.identity_of(*WEIGHTS_DEPEND_ON):
+        differences = [row for row in loader.diff(before, resolved) if row[0].split(".")[0] in WEIGHTS_DEPEND_ON]
+        changed = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
         raise UserError(
             f"run '{run.name}' was made with other settings: {'; '.join(changed[:4])}"
             f"{' and more' if len(changed) > 4 else ''}; choose another name with name=..., or remove {run.path}"
         )
-    if before.operation != resolved.operation:
+    if (before.identity, before.operation) != (resolved.identity, resolved.operation):
         commit.write_text(run.config_path, resolved.to_yaml())
         commit.write_json(run.hashes_path, _hashes(resolved))
     return run

@@ -60,7 +60,7 @@ def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
     width = _width(resolved, name)
     argv = [sys.executable, "-P", "-m", "hpc_gen.cli", "stage", str(run.path), name]
     path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
-    extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(env.workspace())}
+    extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace)}
     if name == "train":
         return launch.run_ranks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads)
     extra["HPC_GEN_ATTEMPT"] = str(claim_attempt(run, name))
@@ -90,7 +90,7 @@ def run_stage(run: RunFolder, name: str) -> int:
         if resolved.experiment.train is not None and resolved.experiment.train.time_limit_s is not None:
             limit = resolved.experiment.train.time_limit_s - resolved.experiment.train.save_before_limit_s
             stop.deadline = clock.process_start() + limit
-        return int(run_train(run, resolved, env.workspace(), stop))
+        return int(run_train(run, resolved, run.workspace, stop))
     return int(_run_units(run, resolved, name, stop))
 
 
@@ -139,7 +139,7 @@ def _run_units(run: RunFolder, resolved: Resolved, name: str, stop: StopToken) -
     given = env.get("HPC_GEN_ATTEMPT")
     attempt = int(given) if given else claim_attempt(run, name)
     journal = Journal(run, attempt, name, task)
-    context = StageContext(run, resolved, name, env.workspace(), task, num_tasks, journal)
+    context = StageContext(run, resolved, name, run.workspace, task, num_tasks, journal)
     journal.event("attempt_start", world_size=num_tasks, rank=task, process_start=clock.process_start())
     code, cause = ExitCode.BUG, "error"
     try:

@@ -258,6 +258,14 @@ def test_commit_directory_refuses_content_that_was_not_synced(tmp_path: Path) ->
     assert not (tmp_path / "final").exists()
 
 
+def test_small_files_written_into_a_staged_folder_count_as_synced(tmp_path: Path) -> None:
+    staging = _staged(tmp_path, {"part": b"1"})
+    commit.write_json(staging / "manifest.json", {"part": 1})
+    commit.rename_staged(staging / "part", staging / "renamed")
+    assert commit.commit_directory(staging, tmp_path / "final")
+    assert sorted(_content(tmp_path)) == ["final/manifest.json", "final/renamed"]
+
+
 def test_a_stream_left_by_an_exception_is_not_durable(tmp_path: Path) -> None:
     staging = commit.make_folder(commit.staging_path(tmp_path / "final"))
     with pytest.raises(KeyError), commit.CommitStream(staging / "a") as stream:
@@ -326,11 +334,18 @@ def test_remove_tree_vanishes_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     commit.commit_directory(_staged(tmp_path, {"a": b"1", "s/b": b"2"}), folder)
     views: list[int] = []
-    commit.ops.observer = lambda name, path: views.append(len(_content(folder)) if folder.exists() else 0)
+    names: list[str] = []
+
+    def observer(name: str, path: Path) -> None:
+        views.append(len(_content(folder)) if folder.exists() else 0)
+        names.append(name)
+
+    commit.ops.observer = observer
     with pytest.raises(FencedError):
         commit.remove_tree(folder, fence=_Closed())
     commit.remove_tree(folder)
     assert views[0] == 2 and set(views[1:]) == {0} and list(tmp_path.iterdir()) == []
+    assert names == ["rename", "fsync_dir", "unlink", "unlink", "rmdir", "rmdir"]  # gone for good, then taken apart
     commit.remove_tree(folder)  # absent: nothing
     commit.write_text(tmp_path / "file", "x")
     commit.remove_tree(tmp_path / "file")

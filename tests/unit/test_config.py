@@ -288,7 +288,7 @@ def test_shipped_experiment(path: Path) -> None:
     from hpc_gen.stages.run_setup import typed
 
     resolved = typed(loader.load(path))
-    assert resolved.experiment.name == path.stem
+    assert resolved.experiment.name == f"{path.parent.name}-{path.stem}"
     comment = path.read_text().split("\nname:")[0]
     command = f"hpc-gen run {path.relative_to(REPOSITORY)}"
     assert command in comment and "time:" in comment.lower() and "result:" in comment.lower()

@@ -65,7 +65,11 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_images_become_a_table(tmp_path: Path) -> None:
     make_images(tmp_path)
     worker = make_worker(tmp_path)
-    assert [unit.name for unit in worker.units()] == [*(f"train-{i:05d}" for i in range(5)), "validation-00000", "validation-00001"]
+    assert [unit.name for unit in worker.units()] == [
+        *(f"train-{i:05d}" for i in range(5)),
+        "validation-00000",
+        "validation-00001",
+    ]
     encode(tmp_path, worker)
     table = Table.open(tmp_path / "tables/t", verify=True)
     assert table.shard_rows == [7, 7, 7, 7, 2] and table.index.num_classes == 3
@@ -74,8 +78,12 @@ def test_images_become_a_table(tmp_path: Path) -> None:
     batch = table.read(np.arange(30), ("pixels", "labels"))
     assert batch["pixels"].shape == (30, 3, 8, 8) and batch["pixels"].dtype == torch.uint8
     split = open_source("folder", tmp_path / "images").splits["train"]
-    expected = sorted((label, to_pixels(center_crop(image, 8)).numpy().tobytes()) for image, label, _ in map(split.item, range(30)))
-    assert expected == sorted((int(y), x.numpy().tobytes()) for x, y in zip(batch["pixels"], batch["labels"], strict=True))
+    expected = sorted(
+        (label, to_pixels(center_crop(image, 8)).numpy().tobytes()) for image, label, _ in map(split.item, range(30))
+    )
+    assert expected == sorted(
+        (int(y), x.numpy().tobytes()) for x, y in zip(batch["pixels"], batch["labels"], strict=True)
+    )
     assert batch["labels"].tolist() != sorted(batch["labels"].tolist()), "rows are class after class"
 
 
@@ -337,7 +345,9 @@ def test_finish_wants_all_units(tmp_path: Path) -> None:
     make_images(tmp_path)
     worker = make_worker(tmp_path)
     encode(tmp_path, worker, worker.units()[1:])
-    with pytest.raises(DataError, match=r"facts/shard_00000\.json does not hold the facts of a shard .*run the stage encode again"):
+    with pytest.raises(
+        DataError, match=r"facts/shard_00000\.json does not hold the facts of a shard .*run the stage encode again"
+    ):
         worker.finish()
     encode(tmp_path, worker, worker.units()[:1])
     (tmp_path / "tables/t/shard_00001.pt").unlink()

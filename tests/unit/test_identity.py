@@ -27,7 +27,9 @@ def test_anything_but_pixels_is_refused(wrong: torch.Tensor) -> None:
 
 
 def test_names_and_settings() -> None:
-    with pytest.raises(UserError, match=r"unknown tokenizer 'identiy' \(did you mean 'identity'\?\); known: identity"):
+    with pytest.raises(
+        UserError, match=r"unknown tokenizer 'identiy' \(did you mean 'identity'\?\); known: identity"
+    ):
         tokenizers.build("identiy")
     with pytest.raises(UserError, match="does not take these settings"):
         tokenizers.build("identity", scale=2)

@@ -15,7 +15,6 @@ from hpc_gen.data.images import center_crop, decode_image, normalize, resize, to
 from hpc_gen.data.statistics import ChannelSums
 from hpc_gen.runtime.errors import DataError
 
-
 PINNED = "d9e4584f441dc7d51e0b0f16a7ea9ddf3f89cf49f2d287ce5ba1a3321514b7bd"
 
 
@@ -31,7 +30,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def test_pillow_is_below_13() -> None:
-    assert int(PIL.__version__.split(".")[0]) < 13, "byte parity of crops needs Pillow < 13 (specs/energy.md section 7)"
+    assert int(PIL.__version__.split(".")[0]) < 13, (
+        "byte parity of crops needs Pillow < 13 (specs/energy.md section 7)"
+    )
 
 
 @pytest.mark.parametrize("size", [(100, 75), (64, 64), (67, 150), (131, 132), (33, 40), (20, 9), (32, 32)])
@@ -104,7 +105,9 @@ def test_transparency_is_composited() -> None:
     assert decode_image(encoded(grey), (9, 9, 9)).getpixel((0, 0)) == (9, 9, 9)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(pattern(64, 64))[:-200], encoded(pattern(64, 64), "JPEG")[:300]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not an image", encoded(pattern(64, 64))[:-200], encoded(pattern(64, 64), "JPEG")[:300]]
+)
 def test_unreadable_images(data: bytes) -> None:
     with pytest.raises(DataError, match="not a readable image"):
         decode_image(data)

@@ -36,7 +36,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read.rows == 11
     document = json.loads((tmp_path / INDEX_NAME).read_text())
     assert document["identity"] == index.identity
-    assert {"columns", "shards", "rows", "tokenizer", "statistics", "num_classes", "class_names", "recipe"} <= set(document)
+    assert {"columns", "shards", "rows", "tokenizer", "statistics", "num_classes", "class_names", "recipe"} <= set(
+        document
+    )
     assert str(tmp_path) not in (tmp_path / INDEX_NAME).read_text()
 
 

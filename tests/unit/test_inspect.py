@@ -45,7 +45,13 @@ def test_info_shows_classes_statistics_and_what_was_left_out(tmp_path: Path) -> 
     )
     full.write(tmp_path)
     text = "\n".join(format_info(info(tmp_path)))
-    for wanted in ("mean 1.25, std 0.50", "0  class 0: 10", "... and 8 more", "left out  7: unreadable", "... and 2 more"):
+    for wanted in (
+        "mean 1.25, std 0.50",
+        "0  class 0: 10",
+        "... and 8 more",
+        "left out  7: unreadable",
+        "... and 2 more",
+    ):
         assert wanted in text
 
 

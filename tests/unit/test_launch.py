@@ -93,8 +93,8 @@ def test_environment_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_environment_of_tasks(tmp_path: Path) -> None:
     code = 'print(os.environ["HPC_GEN_TASK"], os.environ["HPC_GEN_NUM_TASKS"], "RANK" in os.environ)'
     env = {"TEST_FOLDER": str(tmp_path)}
-    assert run_tasks(child(code), 2, env=env, log_dir=tmp_path, threads=1) == 0
-    assert [(tmp_path / f"task_{i}.log").read_text() for i in range(2)] == ["0 2 False\n", "1 2 False\n"]
+    assert run_tasks(child(code), 2, env=env, log_dir=tmp_path, threads=1, log_name="encode") == 0
+    assert [(tmp_path / f"encode_{i}.log").read_text() for i in range(2)] == ["0 2 False\n", "1 2 False\n"]
 
 
 def test_output_goes_to_on_line_and_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

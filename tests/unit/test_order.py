@@ -28,9 +28,7 @@ def test_each_epoch_visits_each_row_once(shards: list[int], seed: int, block: in
     assert np.array_equal(np.sort(rows), np.arange(total))
 
 
-@given(
-    shards=SHARDS, block=st.integers(1, 8), positions=st.lists(st.integers(0, 10**6), min_size=1, max_size=60)
-)
+@given(shards=SHARDS, block=st.integers(1, 8), positions=st.lists(st.integers(0, 10**6), min_size=1, max_size=60))
 @settings(max_examples=100, deadline=None)
 def test_rows_is_a_function_of_the_position_alone(shards: list[int], block: int, positions: list[int]) -> None:
     together = BlockShuffle(shards, 3, block).rows(np.array(positions))

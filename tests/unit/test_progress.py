@@ -76,13 +76,24 @@ def test_a_closed_pipe_does_not_stop_the_work(fake: clock.FakeClock) -> None:
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    Progress(10, "train", stream=Closed()).update(10)
+    progress = Progress(10, "train", stream=Closed())
+    progress.update(10)
+    progress.say("nobody hears this")
+
+
+def test_lines_of_their_own(fake: clock.FakeClock) -> None:
+    out = io.StringIO()
+    with Progress(10, "train", stream=out) as progress:
+        progress.say("saved [1]")
+    assert out.getvalue() == "saved [1]\n"
 
 
 def test_a_bar_on_a_terminal() -> None:
     out = Terminal()
     with Progress(10, "train [x]", stream=out) as progress:
-        progress.update(10, loss=0.125)
+        progress.say("a line [y]")
+        progress.update(10, loss=0.125, empty=None)
+    assert "a line [y]" in out.getvalue() and "empty" not in out.getvalue()
     assert "train [x]" in out.getvalue() and "10/10" in out.getvalue() and "loss 0.125" in out.getvalue()
 
 

@@ -107,7 +107,9 @@ def test_no_code_is_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "pwned",))
 
-    for number, saved in enumerate([lambda p: torch.save({"x": Evil()}, p), lambda p: p.write_bytes(pickle.dumps(Evil()))]):
+    for number, saved in enumerate(
+        [lambda p: torch.save({"x": Evil()}, p), lambda p: p.write_bytes(pickle.dumps(Evil()))]
+    ):
         path = tmp_path / f"{number}.pt"
         saved(path)
         with pytest.raises(DataError, match="cannot be read"):
@@ -119,7 +121,11 @@ def test_no_code_is_run(tmp_path: Path) -> None:
     ("columns", "rows", "message"),
     [
         ({"moments": ColumnInfo("float16", (4,))}, 5, r"has no column 'moments' \(it has \['labels', 'pixels'\]\)"),
-        ({"pixels": ColumnInfo("float16", (1, 4, 4))}, 5, r"column 'pixels': rows are uint8 \[1, 4, 4\], the index says float16"),
+        (
+            {"pixels": ColumnInfo("float16", (1, 4, 4))},
+            5,
+            r"column 'pixels': rows are uint8 \[1, 4, 4\], the index says float16",
+        ),
         ({"pixels": ColumnInfo("uint8", (3, 4, 4))}, 5, r"the index says uint8 \[3, 4, 4\]"),
         (COLUMNS, 6, "has 5 rows, the index says 6"),
     ],

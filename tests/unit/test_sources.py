@@ -24,7 +24,12 @@ def png(colour: tuple[int, ...], mode: str = "RGB", size: int = 8) -> bytes:
 
 
 def idx(array: np.ndarray) -> bytes:
-    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        b"\0\0\x08"
+        + bytes([array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def make_mnist(folder: Path, train: int = 20, validation: int = 6, zipped: bool = False) -> None:
@@ -148,7 +153,10 @@ def test_emoji_labels_split_and_background(tmp_path: Path) -> None:
     assert source.class_names == ("Flags", "Objects")
     assert source.skipped == {"category Component": 40}
     assert sum(len(split) for split in source.splits.values()) == 20 * 2 * 3 + 20 * 2 - 3
-    bases = {name: {i.split("/")[-1].split(".")[0].split("-")[0] for i in split.ids} for name, split in source.splits.items()}
+    bases = {
+        name: {i.split("/")[-1].split(".")[0].split("-")[0] for i in split.ids}
+        for name, split in source.splits.items()
+    }
     assert bases["train"] and bases["validation"]
     assert not bases["train"] & bases["validation"], "drawings of one base emoji lie on both sides"
     for split in source.splits.values():
@@ -159,6 +167,17 @@ def test_emoji_labels_split_and_background(tmp_path: Path) -> None:
             assert source.class_names[label] == CATEGORIES[number % 3]
             expected = (number, int(drawing_set == "twitter"), 0) if number % 2 else (10, 20, 30)
             assert image.mode == "RGB" and image.getpixel((0, 0)) == expected
+
+
+def test_emoji_split_of_a_base_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    ids = []
+    for bases in (60, 90):
+        make_emoji(tmp_path / str(bases), bases)
+        listing = tmp_path / str(bases) / "emoji.json"
+        listing.write_text(json.dumps(json.loads(listing.read_text())[:: 1 if bases == 60 else -1]))
+        ids.append(open_source("emoji", tmp_path / str(bases)).splits)
+    for name in ("train", "validation"):
+        assert set(ids[0][name].ids) <= set(ids[1][name].ids)
 
 
 def test_emoji_damage(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ _SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 def _handlers_as_before() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     yield
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # one still held back must not end the test run
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     for number, handler in before.items():
         signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 @pytest.fixture

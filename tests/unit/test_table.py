@@ -154,7 +154,9 @@ def rewrite(folder: Path, number: int, change: dict[str, torch.Tensor | None]) -
     path.unlink()
     torch.save({name: t for name, t in columns.items() if t is not None}, path)
     shards = list(index.shards)
-    shards[number] = ShardInfo(path.name, shards[number].rows, path.stat().st_size, commit.sha256_file(path), "0" * 64)
+    shards[number] = ShardInfo(
+        path.name, shards[number].rows, path.stat().st_size, commit.sha256_file(path), "0" * 64
+    )
     TableIndex(index.columns, tuple(shards), index.num_classes).write(folder)
 
 
@@ -163,7 +165,10 @@ def rewrite(folder: Path, number: int, change: dict[str, torch.Tensor | None]) -
     [
         ({"labels": None}, "has no column 'labels'"),
         ({"labels": torch.zeros(4, dtype=torch.int32)}, "column 'labels': rows are int32"),
-        ({"pixels": torch.zeros(4, 1, 4, 4, dtype=torch.uint8)}, r"rows are uint8 \[1, 4, 4\], the index says uint8 \[3, 4, 4\]"),
+        (
+            {"pixels": torch.zeros(4, 1, 4, 4, dtype=torch.uint8)},
+            r"rows are uint8 \[1, 4, 4\], the index says uint8 \[3, 4, 4\]",
+        ),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, "one and the same number of rows"),
         ({"labels": torch.tensor([0, 1, 2, 5])}, "labels run from 0 to 5, the index has 5 classes"),
         ({"labels": torch.tensor([0, 1, -1, 4])}, "labels run from -1 to 4"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from hpc_gen.config.base import PositiveInt, Section
 from hpc_gen.config.errors import KeyProblem
@@ -90,11 +90,11 @@ class EnergyConfig(Section):
 class SamplingSettings(Section):
     """The respaced ancestral sampler (specs/energy.md section 6)."""
 
-    steps: PositiveInt | str = 250
+    steps: Annotated[int, Field(ge=1, strict=True)] | str = 250
     """Network evaluations: a count, counts per section as '10,15,20', or 'ddimN'."""
     guidance: Annotated[float, Field(ge=0.0)] = 1.0
     """Classifier-free guidance w in eps = null + w (class - null); 1.0 = off (half the cost)."""
-    clip_denoised: bool | Annotated[float, Field(gt=0.0)] | None = None
+    clip_denoised: StrictBool | Annotated[float, Field(gt=0.0)] | None = None
     """Limit of the predicted clean sample at each step: true = 1.0 (the reference), false = none, or a number;
     null = 1.0 for pixels and none for latents, which reach about +-4."""
 

@@ -25,7 +25,7 @@ from hpc_gen.methods.protocol import (
     Term,
     Turn,
 )
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.errors import DataError, DivergedError, UserError
 from hpc_gen.runtime.randomness import Draw, Draws, Integers, Normal, Uniform
 
 ROLE = "denoiser"
@@ -111,7 +111,8 @@ class EnergyDiffusion:
                 f"column '{name}' came with rows of shape {list(rows.shape[1:])}, but method.image_size and "
                 f"method.channels need {list(self.config.input_shape)}; train on a table encoded for this config"
             )
-        if (rows.dtype == torch.uint8) != (name == "pixels"):
+        fits = rows.dtype == torch.uint8 if name == "pixels" else rows.dtype.is_floating_point
+        if not fits:
             wanted = "uint8" if name == "pixels" else "floats"
             raise DataError(f"column '{name}' holds {rows.dtype}, but must hold {wanted}; encode the table anew")
         x0 = rows.to(noise.dtype)
@@ -139,9 +140,16 @@ class EnergyDiffusion:
         settings: SamplingSettings,
         poll: Callable[[], None],
     ) -> Tensor:
-        """uint8 images [N, 3, H, W] when trained on pixels, float32 latents [N, C, h, w] when trained on latents."""
+        """uint8 images [N, 3, H, W] when trained on pixels, float32 latents [N, C, h, w] when trained on latents.
+
+        Raises DivergedError for pixels that are no numbers, which uint8 would hide; latents are returned as they are.
+        """
         x = deque(self.trajectory(conditions, draws, settings, poll), maxlen=1).pop()
-        return to_images(x) if self.config.input == "pixels" else x
+        if self.config.input == "latents":
+            return x
+        if not bool(torch.isfinite(x).all()):
+            raise DivergedError("the sampled pixels are not finite; sample an earlier checkpoint, or with other settings")
+        return to_images(x)
 
     @torch.no_grad()
     def trajectory(

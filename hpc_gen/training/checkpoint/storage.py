@@ -66,12 +66,8 @@ class _CommittedFileSystem(FileSystem):
             with Path(path).open("rb") as source:
                 yield cast(io.IOBase, source)
             return
-        stream = commit.CommitStream(Path(path))
-        try:
+        with commit.CommitStream(Path(path)) as stream:  # left by an exception, it does not call the file durable
             yield cast(io.IOBase, stream)
-            stream.fsync()
-        finally:
-            stream.close()
         self.written[Path(path).name] = {"bytes": stream.bytes, "sha256": stream.sha256}
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,299 @@
+"""The report: one self-contained page from a run folder, whole or half done; charts that say what the rows say."""
+
+import html.parser
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from eval_jobs import evaluate, report, sample
+from eval_jobs.charts import LOG_ABOVE, Mark, Series, label, line_chart, log_ticks, thin, ticks
+from hpc_gen.runtime import clock, commit
+from hpc_gen.runtime.journal import Journal
+from hpc_gen.sampling.images import grid, png_bytes
+from tests.support import toy_run
+
+START = 1_700_000_000.0
+
+
+def write_journal(run, images: int = 64, step: int = 8, seconds: float = 10.0) -> None:
+    """Two attempts of training, the first preempted half-way and resumed from its last save, then sample units."""
+    fake = clock.FakeClock(START)
+    with clock.use(fake):
+        for attempt, (begin, end) in enumerate(((0, images // 2), (images // 2 - step, images)), start=1):
+            journal = Journal(run, attempt, "train")
+            journal.event(
+                "attempt_start",
+                world_size=2,
+                rank=0,
+                host="node1",
+                process_start=fake.now() - 3,
+                resumed_from=begin or None,
+                identity="x",
+            )
+            for seen in range(begin + step, end + 1, step):
+                fake.advance(seconds)
+                journal.event(
+                    "interval",
+                    images_seen=seen,
+                    images=step,
+                    productive_s=seconds * 0.9,
+                    data_wait_s=seconds * 0.05,
+                    save_stall_s=seconds * 0.01,
+                    other_s=seconds * 0.02,
+                )
+                data = {
+                    "loss": 1.0 / (1 + seen / step) + 0.05,
+                    "mse": 0.5,
+                    "learning_rate": 1e-3,
+                    "grad_norm": 2.0 + seen % 16,
+                }
+                if seen % (4 * step) == 0:
+                    data["validation/loss"] = data["loss"] * 1.1
+                journal.row(seen, data)
+                if seen % (2 * step) == 0:
+                    journal.event("save_committed", images_seen=seen, bytes=1000, stall_s=0.1, write_s=0.5)
+            code, cause = (85, "signal SIGTERM") if attempt == 1 else (0, "done")
+            journal.event("attempt_end", exit_code=code, cause=cause, images_seen=end)
+            journal.close()
+            fake.advance(2 * seconds)
+        journal = Journal(run, 3, "sample")
+        journal.event("attempt_start", world_size=1, rank=0, process_start=fake.now())
+        journal.event("unit_begin", unit="000000")
+        fake.advance(seconds)
+        journal.event("unit_committed", unit="000000", seconds=seconds, bytes=10)
+        journal.event("attempt_end", exit_code=0, cause="done")
+        journal.close()
+
+
+def write_previews(run) -> None:
+    run.previews.mkdir(exist_ok=True)
+    for seen in range(8, 97, 8):
+        images = torch.full((4, 3, 8, 8), seen * 2, dtype=torch.uint8)
+        commit.write_bytes(run.previews / f"{seen:012d}.png", png_bytes(grid(images, 4, scale=4)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restore_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("workspace")
+    run, resolved = toy_run.make_run(workspace)
+    for stage, factory in (("sample", sample.worker), ("evaluate", evaluate.worker)):
+        made = factory(toy_run.context(run, resolved, workspace, stage))
+        toy_run.do_units(run, made)
+        made.finish()
+    write_journal(run)
+    write_previews(run)
+    made = report.worker(toy_run.context(run, resolved, workspace, "report"))
+    assert toy_run.do_units(run, made) == ["page"]
+    return workspace, run, resolved, run.report.read_text()
+
+
+class _Reader(html.parser.HTMLParser):
+    """Checks nesting and collects tags, ids and links."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "input", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def _read(page: str) -> _Reader:
+    reader = _Reader()
+    reader.feed(page)
+    assert not reader.open
+    return reader
+
+
+def test_page_is_well_formed_and_self_contained(whole):
+    page = whole[3]
+    reader = _read(page)
+    names = {tag for tag, _ in reader.tags}
+    assert "script" not in names and "link" not in names and "iframe" not in names
+    ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in reader.tags:
+        source = attributes.get("src") or attributes.get("href") or ""
+        assert source == "" or source.startswith(("data:image/png;base64,", "#")), source
+        assert not source.startswith("#") or source[1:] in ids
+        if tag == "img":
+            assert attributes["alt"] and attributes["width"] and attributes["height"]
+        if "aria-labelledby" in attributes:
+            assert attributes["aria-labelledby"] in ids
+        if "scroll" in (attributes.get("class") or "").split():
+            assert attributes["tabindex"] == "0" and attributes["aria-label"]
+    assert not re.search(r"https?://", page.replace("http://www.w3.org", ""))
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+
+
+def test_page_says_what_happened(whole):
+    _, run, resolved, page = whole
+    assert "64" in page and "of 64 images seen in training" in page
+    assert "attempts, interrupted once" in page
+    assert "preempted, state saved (signal SIGTERM)" in page
+    assert "attempt 2 went on from 24 images" in page
+    assert resolved.identity in page and resolved.operation in page
+    assert "Frechet distance (FID)" in page and "extractor has no logits" in page
+    assert "extractor.name" in page and "subject" not in page
+    assert "steps 2" in page and "seed" in page
+    assert "goodput" in page and "save stall" in page
+    assert page.count('class="bar') == 3
+    assert page.count('class="save"') == 5
+    assert "global_batch: 8" in page
+
+
+def test_grid_shows_a_class_per_column(whole):
+    assert "Images 0 to 19 of 20; each column is one of the 4 classes" in whole[3]
+
+
+def test_previews_are_thinned_from_first_to_last(whole):
+    page = whole[3]
+    assert page.count("Samples after") == 8
+    assert "Samples after 8 images" in page and "Samples after 96 images" in page
+
+
+def test_the_same_run_gives_the_same_page_and_nothing_is_done_again(whole):
+    workspace, run, resolved, page = whole
+    again = report.worker(toy_run.context(run, resolved, workspace, "report"))
+    assert toy_run.do_units(run, again) == []
+    idle = Journal(run, 4, "report")
+    idle.event("attempt_start", world_size=1, rank=0)
+    idle.event("unit_begin", unit="page")
+    idle.event("attempt_end", exit_code=0, cause="done")
+    idle.close()
+    nothing_to_do = Journal(run, 5, "sample")
+    nothing_to_do.event("attempt_start", world_size=1, rank=0)
+    nothing_to_do.event("attempt_end", exit_code=0, cause="done")
+    nothing_to_do.close()
+    assert report.render(run, resolved) == page
+    more = Journal(run, 6, "evaluate")
+    more.event("unit_begin", unit="samples-000000")
+    more.close()
+    changed = report.worker(toy_run.context(run, resolved, workspace, "report"))
+    assert changed.fingerprint() != again.fingerprint()
+    (run.journal / "0006_evaluate_0.jsonl").unlink()
+
+
+def test_a_run_that_has_not_begun_has_a_page(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path, checkpoint=False)
+    page = report.render(run, resolved)
+    _read(page)
+    assert "Nothing has run yet." in page
+    assert "Sample plan" not in page and "<svg" not in page
+
+
+def test_names_are_escaped(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path, "report.title='<b>a & b</b>'", checkpoint=False)
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in report.render(run, resolved)
+
+
+def test_damaged_parts_are_named_and_the_rest_is_shown(whole, tmp_path):
+    workspace, run, resolved, _ = whole
+    path = run.metrics("main")
+    content = path.read_text()
+    path.write_text("{")
+    with (run.journal / "0003_sample_0.jsonl").open("a") as stream:
+        stream.write('{"t": 17')
+    page = report.render(run, resolved)
+    path.write_text(content)
+    assert "main.json is not a metrics file" in page
+    assert "1 lines of the journal were cut off by kills" in page
+    assert "Sample plan" in page
+
+
+def test_non_finite_losses_make_gaps(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path, checkpoint=False)
+    journal = Journal(run, 1, "train")
+    for seen, loss in ((8, 1.0), (16, math.nan), (24, math.inf), (32, 0.5), (40, 0.4)):
+        journal.row(seen, {"loss": loss})
+    journal.close()
+    page = report.render(run, resolved)
+    _read(page)
+    path = re.search(r'class="line s0" d="([^"]+)"', page)[1]
+    assert path.count("M") == 2
+    assert "killed without a word" in page
+
+
+# ---------------------------------------------------------------- charts
+
+
+def test_ticks_are_round_and_cover():
+    assert ticks(0.0, 1.0) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0.0, 64_000.0, wanted=4) == [0.0, 20_000.0, 40_000.0, 60_000.0]
+    assert ticks(-3.0, 3.0) == [-2.0, 0.0, 2.0]
+    assert ticks(5.0, 5.0) == [5.0]
+    assert log_ticks(0.001, 10.0) == pytest.approx([0.001, 0.01, 0.1, 1.0, 10.0])
+    assert log_ticks(0.15, 0.9) == pytest.approx([0.2, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (1e-4, "1e-4"),
+        (2.5e-5, "2.5e-5"),
+        (1500, "1500"),
+        (20_000, "20k"),
+        (1_200_000, "1.2M"),
+    ],
+)
+def test_labels(value, text):
+    assert label(value) == text
+
+
+def test_thinning_keeps_spikes_and_order():
+    points = [(float(i), math.sin(i / 50)) for i in range(10_000)]
+    points[5_003] = (5_003.0, 99.0)
+    kept = thin(points)
+    assert len(kept) <= 402
+    assert (5_003.0, 99.0) in kept
+    assert kept == sorted(kept)
+    assert thin(points[:50]) == points[:50]
+
+
+def test_chart_is_valid_svg_with_its_words():
+    points = [(float(x), 1.0 / x) for x in range(1, 60)]
+    svg = line_chart("Loss <a>", "loss", [Series("loss", points)], [Mark(20.0, 'attempt 2 "went" on')])
+    root = ElementTree.fromstring(svg)
+    assert root.attrib["aria-label"].startswith("Loss <a> over images seen")
+    assert "log" in svg  # 1 / 60 to 1 spans more than LOG_ABOVE
+    assert LOG_ABOVE < 59
+    assert root.find(".//title").text == 'attempt 2 "went" on'
+    places = [float(number) for number in re.findall(r"[ML]([\d.]+) ", root.find("path").attrib["d"])]
+    assert places == sorted(places)
+    assert places[0] >= 52 and places[-1] <= 408
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [0.0, 0.0], [-1.0, 1.0], [1e-9, 2e-9]])
+def test_charts_of_flat_and_single_values(values):
+    svg = line_chart("x", "y", [Series("x", [(float(i), value) for i, value in enumerate(values)])])
+    ElementTree.fromstring(svg)
+    assert "nan" not in svg and "inf" not in svg
+
+
+def test_nothing_finite_no_chart():
+    assert line_chart("x", "y", [Series("x", [(1.0, math.nan)])]) == ""
+    assert line_chart("x", "y", []) == ""
