@@ -79,10 +79,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A tick's text: 0.002, 1.5, 12k, 3e-05."""
+    """A tick's text: 0.0002, 1.5, 12k, 3e-5."""
     if value == 0:
         return "0"
-    if abs(value) < 1e-3:
+    if abs(value) < 9.9e-5:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     if abs(value) < 10_000:

@@ -179,7 +179,8 @@ def _plan(index: SampleIndex) -> list[tuple[str, str]]:
             ", ".join(f"{name} {_plain(value)}" for name, value in sorted(plan.settings.items())) or "defaults",
         ),
         ("seed", str(plan.seed)),
-        ("blocks", f"{plan.block_images} images in batches of {plan.batch}, {plan.threads} threads, {plan.device}"),
+        ("blocks", f"{plan.block_images} images in batches of {plan.batch}"),
+        ("computed on", f"{plan.device}, threads: {plan.threads}"),
         ("plan hash", plan.hash),
         ("checkpoint manifest", plan.checkpoint_manifest_sha256),
     ]

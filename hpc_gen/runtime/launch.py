@@ -98,8 +98,8 @@ def run_ranks(
     `env` is laid over the parent's environment; RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT and the thread counts over that. Output of rank 0 goes to `on_line` (called in a thread,
     without line end; an exception in it is raised here when all is over), else to stdout; with `log_dir`,
-    every rank's output, rank 0's too, is appended to log_dir/LOG-NAME_N.log. Without log_dir and on_line rank 0
-    simply inherits stdout, so that it can draw on a terminal. Without log_dir the other ranks' stdout is
+    every rank's output, rank 0's too, is appended to log_dir/LOG-NAME_N.log. Without log_dir and on_line rank
+    0 simply inherits stdout, so that it can draw on a terminal. Without log_dir the other ranks' stdout is
     dropped; their stderr is ours.
 
     When a rank fails the others get SIGTERM and, `grace_s` seconds later, SIGKILL. Returned: 0 when all ranks

@@ -63,13 +63,6 @@ class Progress:
         if now - self._last_line >= self._every_s or (self.total is not None and done >= self.total):
             self._print_line(now)
 
-    def say(self, line: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=self._stream, flush=True)
-
     @property
     def rate(self) -> float:
         """Units per second over the last minute; 0.0 before anything is known."""

@@ -109,10 +109,8 @@ class Ledger:
         for final_name, staged in files.items():
             final = Path(final_name)
             size, digest = staged.stat().st_size, commit.sha256_file(staged)
-            final.parent.mkdir(parents=True, exist_ok=True)
             commit.commit_file(staged, final)
             facts[self._relative(final)] = {"bytes": size, "sha256": digest}
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = {"unit": unit.name, "fingerprint": fingerprint, "files": facts}
         commit.write_json(self.folder / f"{unit.name}.json", record)
         return sum(int(fact["bytes"]) for fact in facts.values())

@@ -11,13 +11,13 @@ from hpc_gen.runtime.run_folder import RunFolder
 
 
 def test_everything_lies_where_the_design_says() -> None:
-    run = RunFolder("/work/runs/mnist")
-    root = Path("/work/runs/mnist")
+    run = RunFolder("/space/runs/mnist")
+    root = Path("/space/runs/mnist")
     assert run.name == "mnist" and run.path == root
     assert {
         name: getattr(run, name).relative_to(root).as_posix()
         for name in dir(RunFolder)
-        if isinstance(getattr(RunFolder, name), property) and name != "name"
+        if isinstance(getattr(RunFolder, name), property) and name not in ("name", "workspace")
     } == {
         "config_path": "config.yaml",
         "hashes_path": "hashes.json",
@@ -41,7 +41,7 @@ def test_everything_lies_where_the_design_says() -> None:
 
 @pytest.mark.parametrize("tag", ["", "a/b", "..", ".hidden", "a b", "a\n"])
 def test_tags_that_would_leave_the_folder_are_refused(tag: str) -> None:
-    run = RunFolder("/work/runs/mnist")
+    run = RunFolder("/space/runs/mnist")
     for place in (run.samples, run.features, run.metrics, run.ledger):
         with pytest.raises(UserError, match="cannot name a part of the run folder"):
             place(tag)
@@ -57,3 +57,9 @@ def test_a_relative_path_becomes_absolute_and_runs_compare_by_path(
     run.path.mkdir()
     run.config_path.write_text("name: b\n")
     assert run.exists()
+
+
+def test_the_workspace_is_where_the_run_lies_unless_it_was_moved_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPC_GEN_WORKSPACE", "/elsewhere")
+    assert RunFolder("/space/runs/mnist").workspace == Path("/space")
+    assert RunFolder("/archive/mnist").workspace == Path("/elsewhere")

@@ -1,0 +1,148 @@
+"""Seeded mistakes: each is made in a copy of the code, and the tests named for it must turn red there.
+
+    .venv/bin/python tests/mutants.py            all of them (`make mutants`)
+    .venv/bin/python tests/mutants.py fsync      those whose name contains a word
+
+A mutant that no test notices ends this program with exit code 1: the tests, not the code, are then to be mended.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("hpc_gen", "shard_tools", "eval_jobs", "slurm", "tests", "job_configs", "pyproject.toml")
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: `old` stands exactly once in `file` and becomes `new`; `tests` must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "swapped adaLN chunks",
+        "hpc_gen/methods/energy/model.py",
+        "shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self",
+        "scale_msa, shift_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self",
+        ("tests/parity/test_golden.py", "-k", "energy-pd"),
+    ),
+    Mutant(
+        "missing fsync",
+        "hpc_gen/runtime/commit_stream.py",
+        "        ops.fsync(self._descriptor, self.path)\n        self._durable_bytes = self.bytes\n",
+        "        self._durable_bytes = self.bytes\n",
+        ("tests/unit/test_commit.py", "tests/unit/test_kill_points.py"),
+    ),
+    Mutant(
+        "unreduced gradient",
+        "hpc_gen/training/engines/buckets.py",
+        "        self._pending.append(self._ranks.all_reduce_sum_async(self.flats[self._next]))\n",
+        "",
+        ("tests/distributed/test_exact_resume.py",),
+    ),
+    Mutant(
+        "rank-keyed noise",
+        "hpc_gen/data/feed.py",
+        "Stream(self._plan.seed, purpose)",
+        "Stream(self._plan.seed + self._plan.rank, purpose)",
+        ("tests/unit/test_feed.py",),
+    ),
+    Mutant(
+        "EMA of the wrong step",
+        "hpc_gen/training/loop.py",
+        "            results = _step_all_turns(job, iteration.micro_batches)\n",
+        "            job.ema.update(job.engine.trained_roles())\n"
+        "            results = _step_all_turns(job, iteration.micro_batches)\n",
+        ("tests/unit/test_reference_loop.py",),
+    ),
+    Mutant(
+        "off-by-one resume",
+        "hpc_gen/training/loop.py",
+        "    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)\n    timing = Timing()\n",
+        "    skip = job.config.global_batch if job.state.images_seen else 0\n"
+        "    job.state.images_seen += skip\n"
+        "    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)\n    timing = Timing()\n",
+        ("tests/distributed/test_exact_resume.py",),
+    ),
+    Mutant(
+        "label shift",
+        "hpc_gen/methods/energy/objective.py",
+        '        y_B = batch["labels"]\n',
+        '        y_B = (batch["labels"] + 1) % self.num_classes\n',
+        ("tests/unit/test_reference_loop.py",),
+    ),
+    Mutant(
+        "unverified manifest",
+        "hpc_gen/training/checkpoint/manifest.py",
+        '        elif commit.sha256_file(path) != facts["sha256"]:\n',
+        "        elif False:\n",
+        ("tests/unit", "tests/distributed/test_exact_resume.py", "-k", "checkpoint or exact_resume"),
+    ),
+)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """pytest in a copy of the project; its exit code and its last line."""
+    argv = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    done = subprocess.run(
+        argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
+    )
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    return done.returncode, lines[-1] if lines else "no output"
+
+
+def copy_project(target: Path) -> None:
+    """The packages and tests, without caches."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target / name)
+
+
+def turns_red(mutant: Mutant) -> bool:
+    """Make the mistake in a copy, run its tests, print the verdict."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="hpc-gen-mutant-") as folder:
+        root = Path(folder)
+        copy_project(root)
+        path = root / mutant.file
+        text = path.read_text()
+        found = text.count(mutant.old)
+        if found != 1:
+            print(f"STALE    {mutant.name}: its text stands {found} times in {mutant.file}; update tests/mutants.py", flush=True)
+            return False
+        path.write_text(text.replace(mutant.old, mutant.new))
+        code, last = run_tests(root, mutant.tests)
+    red = code == 1  # 1 = tests ran and failed; 2..5 = they did not run at all
+    seconds = time.monotonic() - begun
+    print(f"{'red' if red else 'NOT SEEN':8} {mutant.name} ({seconds:.0f} s): {last}", flush=True)
+    return red
+
+
+def main(words: list[str]) -> int:
+    """Run the chosen mutants; 0 when each turned its tests red."""
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    unseen = [m.name for m in chosen if not turns_red(m)]
+    print(f"{len(chosen) - len(unseen)} of {len(chosen)} mutants turned the tests red")
+    return 1 if unseen or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
