@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eval_jobs.charts import Mark, Series, line_chart
+from eval_jobs.timeline import receipt_rows, time_line
 from hpc_gen.config.loader import Resolved
 from hpc_gen.metrics import results
 from hpc_gen.metrics.results import MetricRecord
@@ -25,28 +25,8 @@ OWN_STAGE = "report"
 GRID_IMAGES = 80
 GRID_COLUMNS = 10
 MAX_PREVIEWS = 8
-MAX_ATTEMPTS_DRAWN = 40
 MAX_CHARTS = 12
 
-ENDINGS = {
-    ExitCode.DONE: "done",
-    ExitCode.USER: "ended by a mistake in the command or config",
-    ExitCode.DATA: "ended: data or checkpoint refused",
-    ExitCode.BUG: "failed",
-    ExitCode.DIVERGED: "diverged",
-    ExitCode.REQUEUE: "preempted, state saved",
-    ExitCode.REQUEUE_ELSEWHERE: "ended: wants other nodes",
-    ExitCode.STOPPED: "stopped by the user, state saved",
-}
-BOOKED = {
-    "productive": "steps and units that are part of the run as it stands",
-    "start_up": "from the start of a process to its first step or unit",
-    "data_wait": "steps that waited for data",
-    "save_stall": "steps that waited for a checkpoint to be copied",
-    "redone": "work above the point from which a later attempt went on",
-    "idle": "held without training: validation, previews, waiting for others",
-    "unknown": "the rest, such as the last moments of a killed attempt",
-}
 METRIC_TITLES = {
     "fid": ("Frechet distance (FID)", "lower is better"),
     "kid": ("Kernel distance (KID)", "lower is better"),
@@ -88,8 +68,8 @@ def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
         "charts": _charts(rows, kept),
         "num_rows": len(rows),
         "metrics": metrics,
-        "attempts": _attempts(events, kept),
-        "receipt": _receipt(receipt),
+        "attempts": time_line(events, kept),
+        "receipt": receipt_rows(receipt),
         "identity": resolved.identity,
         "operation": resolved.operation,
         "versions": _versions(run),
@@ -286,95 +266,6 @@ def _lines(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             found.append((f"{prefix}{name}", "none" if value is None else str(value)))
     return found
-
-
-def _attempts(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Attempts as bars on one time axis (places in percent), with their saves and signals, and as table rows."""
-    if not attempts:
-        return {"rows": [], "drawn": [], "ticks": [], "hidden": 0}
-    drawn = attempts[-MAX_ATTEMPTS_DRAWN:]
-    begin = min(attempt.start for attempt in drawn)
-    span = max(1.0, max(attempt.last_seen for attempt in drawn) - begin)
-
-    def percent(t: float) -> float:
-        return round(min(100.0, max(0.0, 100 * (t - begin) / span)), 3)
-
-    bars = []
-    for attempt in drawn:
-        own = [e for e in events if (e.attempt, e.stage) == (attempt.number, attempt.stage) and e.task == 0]
-        bars.append(
-            {
-                "label": f"{attempt.number} {attempt.stage}",
-                "stage": attempt.stage if attempt.stage in ("encode", "train", "sample", "evaluate") else "other",
-                "left": percent(attempt.start),
-                "width": max(0.4, percent(attempt.last_seen) - percent(attempt.start)),
-                "text": f"{attempt.stage}, {format_duration(_lasted(attempt))}: {ending(attempt)}",
-                "broken": attempt.exit_code != ExitCode.DONE,
-                "saves": [
-                    {"left": percent(e.t), "text": f"checkpoint at {int(e.fields.get('images_seen') or 0):,} images"}
-                    for e in own
-                    if e.kind == "save_committed"
-                ],
-                "signals": [
-                    {"left": percent(e.t), "text": str(e.fields.get("detail") or e.kind)}
-                    for e in own
-                    if e.kind in ("signal", "fault", "save_failed", "rollback")
-                ],
-            }
-        )
-    rows = [
-        {
-            "number": attempt.number,
-            "stage": attempt.stage,
-            "start": _utc(attempt.start),
-            "lasted": format_duration(_lasted(attempt)),
-            "width": attempt.world_size,
-            "from": "" if attempt.resumed_from is None else f"{attempt.resumed_from:,}",
-            "ended": ending(attempt),
-            "broken": attempt.exit_code != ExitCode.DONE,
-        }
-        for attempt in attempts
-    ]
-    axis = [{"left": 25.0 * i, "text": format_duration(span * i / 4) if i else "0"} for i in range(5)]
-    return {"rows": rows, "drawn": bars, "ticks": axis, "hidden": len(attempts) - len(drawn)}
-
-
-def _lasted(attempt: Attempt) -> float:
-    return max(0.0, (attempt.end or attempt.last_seen) - attempt.start)
-
-
-def _utc(t: float) -> str:
-    return datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def ending(attempt: Attempt) -> str:
-    """How an attempt ended, in words."""
-    if attempt.exit_code is None:
-        return "killed without a word"
-    known = attempt.exit_code in set(ExitCode)
-    word = ENDINGS[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
-    return word if attempt.cause in (None, "done", word) else f"{word} ({attempt.cause})"
-
-
-def _receipt(receipt: goodput.Goodput) -> dict[str, Any]:
-    """Rank time by what became of it; shares sum to 100 %."""
-    rows = [
-        {
-            "name": name,
-            "title": name.replace("_", " "),
-            "meaning": BOOKED[name],
-            "seconds": format_duration(receipt.seconds[name]),
-            "share": receipt.fractions[name],
-        }
-        for name in goodput.CATEGORIES
-    ]
-    return {
-        "rows": rows,
-        "total": format_duration(receipt.total_s),
-        "elapsed": format_duration(receipt.elapsed_s),
-        "waiting": format_duration(receipt.waiting_s),
-        "known": receipt.total_s > 0,
-    }
 
 
 def _versions(run: RunFolder) -> list[tuple[str, str]]:

@@ -128,7 +128,9 @@ def _print_plan(config: str, overrides: list[str], workspace: Path | None, stage
 
 
 @app.command(
-    epilog=_example("hpc-gen stage demo-mnist16 train", "torchrun --nproc-per-node 2 -m hpc_gen.cli stage mnist16 train")
+    epilog=_example(
+        "hpc-gen stage demo-mnist16 train", "torchrun --nproc-per-node 2 -m hpc_gen.cli stage demo-mnist16 train"
+    )
 )
 def stage(run: Run, name: Annotated[str, typer.Argument(metavar="NAME", help="Stage, as `encode` or `train`.")],
           workspace: Workspace = None, dry_run: DryRun = False) -> None:  # fmt: skip
@@ -157,7 +159,7 @@ def _short_form(name: str, what: str) -> None:
         _stage(run, name, workspace, dry_run)
 
     text = f"{what}\n\nShort for: hpc-gen stage RUN {name}"
-    app.command(name, help=text, epilog=_example(f"hpc-gen {name} mnist16"))(command)
+    app.command(name, help=text, epilog=_example(f"hpc-gen {name} demo-mnist16"))(command)
 
 
 _short_form("encode", "Turn the images of a run into shards.")

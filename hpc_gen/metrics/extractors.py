@@ -51,7 +51,7 @@ class NetworkExtractor:
     def __init__(self, name: str, network: nn.Module, description: Mapping[str, Any], has_logits: bool) -> None:
         self.name = name
         self.network = network
-        self.description = dict(description)
+        self.description: Mapping[str, Any] = dict(description)
         self.has_logits = has_logits
         self._device = torch.device("cpu")
 

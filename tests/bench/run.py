@@ -1,0 +1,81 @@
+"""Measurements of this machine: `make bench`. Nothing here passes or fails; each number stands beside its peer.
+
+    .venv/bin/python tests/bench/run.py                   all of them, tables on the terminal
+    .venv/bin/python tests/bench/run.py loop save         some
+    .venv/bin/python tests/bench/run.py --write           also docs/benchmarks/cpu_DATE.md
+    .venv/bin/python tests/bench/run.py --quick draws     a few seconds, to see that it works; not for keeping
+
+Run it on a machine that does nothing else: the head of the page tells how busy it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(path) for path in (HERE, ROOT) if str(path) not in sys.path]
+
+import facts  # noqa: E402 - after the path that makes it importable
+from measure import Table  # noqa: E402
+
+# name on the command line -> module with bench(quick) -> tables
+BENCHES = {
+    "loop": "training_loop",
+    "tables": "table_reading",
+    "save": "checkpoint_save",
+    "cli": "command_line",
+    "draws": "random_draws",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen benchmarks; 0 unless one of them broke."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; none: all")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it works")
+    parser.add_argument("--write", action="store_true", help="write the page cpu_DATE.md")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "benchmarks", help="where --write writes")
+    given = parser.parse_args(argv)
+    unknown = sorted(set(given.names) - set(BENCHES))
+    if unknown:
+        parser.error(f"unknown benchmark '{unknown[0]}'; there are: {', '.join(BENCHES)}")
+    head = [("date", datetime.date.today().isoformat()), *facts.hardware(), ("load before", facts.load())]
+    for name, value in head:
+        print(f"{name:12} {value}", flush=True)
+    sections: list[str] = []
+    for name in given.names or BENCHES:
+        begun = time.perf_counter()
+        tables: list[Table] = importlib.import_module(BENCHES[name]).bench(given.quick)
+        print(f"\n# {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        command = f"python tests/bench/run.py {'--quick ' if given.quick else ''}{name}"
+        for table in tables:
+            print(f"\n{table.text()}", flush=True)
+            sections.append(table.markdown(command))
+    if given.write:
+        print(f"written: {write_page(given.folder, head, sections, given.quick)}")
+    return 0
+
+
+def write_page(folder: Path, head: list[tuple[str, str]], sections: list[str], quick: bool) -> Path:
+    """The page of one run: where, with what, and the tables. One page per day and machine; a later run replaces it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"cpu_{head[0][1]}.md"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in head)
+    warning = "**Made with --quick: it shows that the benchmarks run, its numbers mean nothing.**\n\n" if quick else ""
+    path.write_text(
+        f"# Benchmarks, {head[0][1]}\n\n{warning}"
+        "Made by `make bench` (`tests/bench/run.py --write`). Numbers are medians over rounds, [lowest - highest] in\n"
+        "brackets; what is compared ran by turns in the same process or pair of processes.\n\n"
+        f"| | |\n|---|---|\n{rows}\n\n" + "\n".join(sections)
+    )
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
