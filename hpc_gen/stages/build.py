@@ -67,7 +67,7 @@ def check_columns(method: Method, table: Table) -> None:
         column = table.index.columns.get(name)
         if column is None:
             have = ", ".join(sorted(table.index.columns))
-            raise DataError(f"{table.folder} has no column '{name}' (it has: {have}); encode it, or choose another table")
+            raise DataError(f"{table.folder} has no column '{name}' (it has: {have}); encode it, or name another table")
         if column.dtype not in spec.dtypes:
             wanted = " or ".join(spec.dtypes)
             raise DataError(f"{table.folder}: column '{name}' is {column.dtype}, the method reads {wanted}")
@@ -79,6 +79,6 @@ def check_columns(method: Method, table: Table) -> None:
             )
         if spec.max_value is not None and table.index.num_classes > spec.max_value + 1:
             raise DataError(
-                f"{table.folder} has {table.index.num_classes} classes, the method's largest label is {spec.max_value}; "
-                "set the method's num_classes"
+                f"{table.folder} has {table.index.num_classes} classes, the method's largest label is "
+                f"{spec.max_value}; set method.num_classes"
             )

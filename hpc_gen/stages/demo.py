@@ -97,7 +97,7 @@ def _download(demo: Demo) -> None:
 
 
 def _twin(demo: Demo) -> None:
-    demo.say(f"\n== 2. An undisturbed twin: images to shards, then the first {TWIN_IMAGES} images of training on two ranks")
+    demo.say(f"\n== 2. An undisturbed twin: images to shards, then {TWIN_IMAGES} images of training on two ranks")
     if _seen(demo.run_folder("-twin")) >= TWIN_IMAGES:
         demo.say(f"done already: {NAME}-twin stands at {TWIN_IMAGES} images")
         return

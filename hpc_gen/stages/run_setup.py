@@ -28,9 +28,9 @@ def typed(resolved: Resolved) -> Resolved:
 def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) -> RunFolder:
     """The run folder of an experiment: made when new, checked when it exists.
 
-    An existing run goes on. Changed operation keys (ranks, intervals, stop_at_images) and other settings of sampling and
-    evaluation are taken over: samples and metrics carry hashes of their own and refuse to be mixed. Raises UserError
-    naming the keys that differ when what the weights depend on is another.
+    An existing run goes on. Changed operation keys (ranks, intervals, stop_at_images) and other settings of sampling
+    and evaluation are taken over: samples and metrics carry hashes of their own and refuse to be mixed. Raises
+    UserError naming the keys that differ when what the weights depend on is another.
     """
     resolved = typed(resolved)
     run = RunFolder(workspace / "runs" / (name or resolved.experiment.name))
@@ -62,8 +62,8 @@ def load_run(run: RunFolder) -> Resolved:
         raise DataError(f"{run.hashes_path} cannot be read ({error}); restore it, or start a new run") from error
     if hashes.get("identity") != resolved.identity:
         raise DataError(
-            f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run began; "
-            "undo the edit, or start a new run with another name"
+            f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run "
+            "began; undo the edit, or start a new run with another name"
         )
     return resolved
 

@@ -62,9 +62,11 @@ def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
     path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
     extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace)}
     if name == "train":
-        return launch.run_ranks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads)
+        return launch.run_ranks(
+            argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads, log_name=name
+        )
     extra["HPC_GEN_ATTEMPT"] = str(claim_attempt(run, name))
-    return launch.run_tasks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads)
+    return launch.run_tasks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads, log_name=name)
 
 
 def plan(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = None) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hpc_gen.config import loader
 from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.config.loader import Resolved
 from hpc_gen.data.feed import Feed, FeedPlan
@@ -197,7 +198,12 @@ def _prepare(
         "threads": config.threads,
         "torch": str(torch.__version__),
     }
-    mirror = WandbMirror(run, experiment.tracking) if ranks.is_main else None
+    mirror = WandbMirror(run, experiment.tracking, config=loader.flat(resolved)) if ranks.is_main else None
+
+    def published(images_seen: int, final: bool, preempted: bool) -> None:
+        if mirror is not None:
+            mirror.publish(images_seen, final, preempted=preempted)
+
     job = loop.TrainJob(
         method=method,
         engine=engine,
@@ -211,7 +217,7 @@ def _prepare(
         open_feed=open_feed,
         facts=facts,
         say=say,
-        published=(lambda seen: mirror.publish(seen, final=seen >= config.end_images)) if mirror else (lambda seen: None),
+        published=published,
     )
     job.periodic = _periodic(run, resolved, config, workspace, job, plan, table)
     loaded = chain.load_newest()

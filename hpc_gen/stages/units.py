@@ -83,9 +83,9 @@ class Ledger:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise DataError(f"{path} is not a ledger record ({error}); delete it to have the unit done again") from error
+            raise DataError(f"{path} is not a ledger record ({error}); delete it to redo the unit") from error
         if not isinstance(record, dict) or "files" not in record:
-            raise DataError(f"{path} is not a ledger record; delete it to have the unit done again")
+            raise DataError(f"{path} is not a ledger record; delete it to redo the unit")
         return record
 
     def is_committed(self, unit_name: str, fingerprint: str) -> bool:

@@ -1,1 +1,1 @@
-"""The training loop, engines, optimizers, EMA, schedules and the checkpoint chain; methods are known by protocol only."""
+"""Training: the loop, engines, optimizers, EMA, schedules, checkpoint chain. It knows methods by their protocol."""

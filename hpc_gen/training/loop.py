@@ -43,8 +43,9 @@ class Periodic:
 class TrainJob:
     """Everything the loop needs, put together by the train stage.
 
-    `open_feed(start_images, draw_counter)` starts the feed; `facts` go into every manifest; `published(images)` is
-    told what is committed (the wandb mirror); `say` prints a line on rank 0.
+    `open_feed(start_images, draw_counter)` starts the feed; `facts` go into every manifest; `published(images,
+    final, preempted)` is told what is committed and how the attempt ends (the wandb mirror); `say` prints a line on
+    rank 0.
     """
 
     method: Method
@@ -60,7 +61,7 @@ class TrainJob:
     facts: Mapping[str, Any]
     say: Callable[[str], None]
     periodic: Sequence[Periodic] = ()
-    published: Callable[[int], None] = lambda images: None
+    published: Callable[[int, bool, bool], None] = lambda images, final, preempted: None
     state: TrainState = field(default_factory=TrainState)
 
 
@@ -119,6 +120,7 @@ def train(job: TrainJob) -> Stop | None:
             verdict = guard.judge(job.state, all(result.finite for result in results.values()))
             if verdict is Verdict.ROLL_BACK:
                 feed.close()
+                _book(job, timing)
                 _roll_back(job)
                 feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
                 timing = Timing()
@@ -133,8 +135,13 @@ def train(job: TrainJob) -> Stop | None:
     finally:
         feed.close()
     if job.chain.begun_images != job.state.images_seen:
-        _save(job)
-    _finish_save(job)
+        timing.save_stall += _save(job)
+    begun = clock.monotonic()
+    job.chain.wait()  # the last save of an attempt must hold: its failure is the attempt's
+    timing.save_stall += clock.monotonic() - begun
+    _book(job, timing)
+    if job.chain.committed_images is not None:
+        job.published(job.chain.committed_images, True, stop is not None)
     return stop
 
 
@@ -203,27 +210,32 @@ def _log(job: TrainJob, timing: Timing, extra: Mapping[str, float], close: bool)
             kind=job.config.schedule.kind,
             min_lr=job.config.schedule.min_lr,
         )
-        now = clock.monotonic()
-        elapsed = now - timing.begun
-        productive = max(0.0, elapsed - timing.data_wait - timing.save_stall - timing.other)
-        job.journal.event(
-            "interval",
-            images_seen=job.state.images_seen,
-            images=timing.images,
-            productive_s=productive,
-            data_wait_s=timing.data_wait,
-            save_stall_s=timing.save_stall,
-            other_s=timing.other,
-        )
+        elapsed = clock.monotonic() - timing.begun
         job.progress.update(
             job.state.images_seen,
             loss=data.get("loss"),
             data_wait=timing.data_wait / elapsed if elapsed > 0 else None,
             save_stall_s=timing.save_stall,
         )
-        timing.__init__()  # type: ignore[misc]
+        _book(job, timing)
     if job.ranks.is_main:
         job.journal.row(job.state.images_seen, data)
+
+
+def _book(job: TrainJob, timing: Timing) -> None:
+    """Write the open interval's seconds to the journal and begin the next one."""
+    elapsed = clock.monotonic() - timing.begun
+    job.journal.event(
+        "interval",
+        images_seen=job.state.images_seen,
+        images=timing.images,
+        productive_s=max(0.0, elapsed - timing.data_wait - timing.save_stall - timing.other),
+        data_wait_s=timing.data_wait,
+        save_stall_s=timing.save_stall,
+        other_s=timing.other,
+    )
+    timing.begun, timing.images = clock.monotonic(), 0
+    timing.data_wait = timing.save_stall = timing.other = 0.0
 
 
 def _save(job: TrainJob) -> float:
@@ -236,7 +248,7 @@ def _save(job: TrainJob) -> float:
         job.say(f"the save before this one failed and was given up: {error}")
     else:
         if job.chain.committed_images is not None:
-            job.published(job.chain.committed_images)
+            job.published(job.chain.committed_images, False, False)
     if job.state.best_images >= 0:
         job.chain.best_images = job.state.best_images  # not before the save under way has done its own retention
     job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
@@ -245,13 +257,6 @@ def _save(job: TrainJob) -> float:
         state.update({f"ema/{role}/{name}": tensor for name, tensor in job.ema.tensors(role).items()})
     facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
     return job.chain.save(job.state.images_seen, state, facts)
-
-
-def _finish_save(job: TrainJob) -> None:
-    """The last save of an attempt must hold: its failure is the attempt's."""
-    job.chain.wait()
-    if job.chain.committed_images is not None:
-        job.published(job.chain.committed_images)
 
 
 def _roll_back(job: TrainJob) -> None:

@@ -18,7 +18,8 @@ class TrainState:
     """Saved as `train/*` tensors, so that a resumed run logs and guards exactly as an undisturbed one.
 
     `digest`: sum mod 2**64 over all samples up to the last save or load of the hash of (position, row, draws), over all
-    ranks; `digest_here`: this rank's part since then. Their global sum is the same on any number of ranks. `draw_counter` k of every draw: the number of roll-backs, so that a repeated stretch draws afresh.
+    ranks; `digest_here`: this rank's part since then. Their global sum is the same on any number of ranks.
+    `draw_counter`: k of every draw, the number of roll-backs, so that a repeated stretch draws afresh.
     `best_loss`: lowest validation loss at a checkpoint so far; `best_images`: the place of that checkpoint (-1: none).
     """
 

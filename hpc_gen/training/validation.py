@@ -41,7 +41,8 @@ def validate(
         micros: list[MicroBatch] = []
         for start in starts[ranks.rank :: ranks.world_size]:
             poll()
-            micros.append(_micro(method, turn, table, config, seed, np.arange(start, min(start + micro_batch, rows)), coupling_group))
+            chosen = np.arange(start, min(start + micro_batch, rows))
+            micros.append(_micro(method, turn, table, config, seed, chosen, coupling_group))
         means = engine.evaluate(turn, micros)
         prefix = f"{turn.purpose}/" if len(turns) > 1 else ""
         out.update({f"{prefix}{name}": value for name, value in means.items()})

@@ -192,6 +192,8 @@ class DiT(nn.Module):
 class PureDiffusion(nn.Module):
     """The role's module: the backbone as `dit.*`, and the reference's step size as the buffer `alpha`."""
 
+    alpha: Tensor
+
     def __init__(self, config: EnergyConfig, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("alpha", torch.empty(()))

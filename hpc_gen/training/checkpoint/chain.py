@@ -197,7 +197,7 @@ class CheckpointChain:
         for name, entry in content.files.items():
             path = staging / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise CheckpointError(f"{path} has vanished or shrunk before its commit; is another process at work here?")
+                raise CheckpointError(f"{path} vanished or shrank before its commit; is another process at work here?")
         commit.write_json(staging / manifest.NAME, content.to_json())
         # a run that fell back or was rolled back passes the same position again: equal content is kept, other replaced
         vouched = {name: int(entry["bytes"]) for name, entry in content.files.items()}
@@ -252,8 +252,8 @@ class CheckpointChain:
             elif broken:
                 # nothing is set aside: the next attempt must not find an empty chain and begin anew in silence
                 failure = (
-                    f"no checkpoint of {self._run.path} is whole: {next(iter(broken.values()))}; restore one from a copy, "
-                    f"or move {self._run.checkpoints} away to begin anew"
+                    f"no checkpoint of {self._run.path} is whole: {next(iter(broken.values()))}; restore one from a "
+                    f"copy, or move {self._run.checkpoints} away to begin anew"
                 )
         chosen, failure = self._ranks.broadcast_object((chosen, failure))
         if failure is not None:

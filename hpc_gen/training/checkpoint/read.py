@@ -86,7 +86,7 @@ def load_role(path: Path, role: str, ema: str | None = None) -> dict[str, Tensor
         prefix = f"ema/{role}/{ema}/"
         average = {name[len(prefix) :]: tensor for name, tensor in storage.load(path, prefix).items()}
         if not average:
-            raise CheckpointError(f"{path} has no average '{ema}' of role '{role}'; set sample.ema to one it has, or null")
+            raise CheckpointError(f"{path} has no average '{ema}' of '{role}'; set sample.ema to one it has, or null")
         weights.update(average)
     return weights
 

@@ -50,7 +50,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise CheckpointError(f"the checkpoint metadata asks for {module}.{name}, which is not allowed; do not use it")
+            raise CheckpointError(f"checkpoint metadata asks for {module}.{name}, which is not allowed; do not use it")
         return super().find_class(module, name)
 
 
@@ -176,9 +176,8 @@ def keys(folder: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 def load(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of a verified checkpoint whose names start with `prefix`, on the CPU, read by this process alone."""
-    state: dict[str, Tensor] = {
-        name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in keys(folder).items() if name.startswith(prefix)
-    }
+    wanted = {name: facts for name, facts in keys(folder).items() if name.startswith(prefix)}
+    state: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in wanted.items()}
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     if state:
         with warnings.catch_warnings():

@@ -1,8 +1,9 @@
 """Flat gradient buckets that are summed over ranks in one fixed order.
 
 torch's DistributedDataParallel rebuilds its buckets after the first iteration, so a run that was resumed sums in
-another order than one that was not: at four ranks the bits differ. Here the buckets are a function of the parameter list
-alone, gradients are views into them (no copies), and reductions start in bucket order, overlapping the backward pass.
+another order than one that was not: at four ranks the bits differ. Here the buckets are a function of the parameter
+list alone, gradients are views into them (no copies), and reductions start in bucket order, overlapping the backward
+pass.
 """
 
 from __future__ import annotations

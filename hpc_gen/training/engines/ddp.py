@@ -102,7 +102,7 @@ class DdpEngine:
 
     @torch.no_grad()
     def evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Global mean of each term and their weighted total `loss`; the draws are the caller's. A rank without rows passes no micro-batch."""
+        """Global mean of each term and their weighted total `loss`; a rank without rows passes no micro-batch."""
         for module in self._modules.values():
             module.eval()  # no forward may move a buffer here, or ranks would part; step() puts them back
         placed = [self._placed(micro) for micro in micro_batches]
@@ -171,7 +171,7 @@ class DdpEngine:
     def _sync_buffers(self) -> None:
         """Buffers that the forward has changed (running statistics, power iterations) become rank 0's everywhere.
 
-        Otherwise each rank would keep its own, a checkpoint could hold only one of them, and a resumed run would differ.
+        Otherwise each rank would keep its own, a checkpoint could hold only one, and a resumed run would differ.
         """
         changed: list[Tensor] = []
         for module in self._modules.values():
@@ -228,7 +228,7 @@ class DdpEngine:
             indices = [i for i, p in enumerate(self._trainable[turn.role]) if p in buckets.touched]
             same = all(other == indices for other in self._ranks.all_gather_objects(indices))
             assert same, f"turn '{turn.purpose}' reaches different parameters on different ranks"
-        assert buckets.touched == self._used[key], f"turn '{turn.purpose}' reaches other parameters than at its first step"
+        assert buckets.touched == self._used[key], f"turn '{turn.purpose}' no longer reaches the same parameters"
         return self._used[key]
 
 
