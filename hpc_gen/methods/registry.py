@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from hpc_gen.methods.protocol import Method, TableFacts
 from hpc_gen.runtime.errors import UserError, nearest
+
+if TYPE_CHECKING:  # typing a config needs no torch
+    from hpc_gen.methods.protocol import Method, TableFacts
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def entry(name: str) -> MethodEntry:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"method '{name}' cannot be imported from '{target}': {error}; check the module path") from error
+        raise UserError(f"method '{name}' cannot be imported from '{target}' ({error}); check the path") from error
     if not isinstance(found, MethodEntry):
         raise UserError(f"'{target}' is a {type(found).__name__}, not a MethodEntry; point method.name at one")
     return found

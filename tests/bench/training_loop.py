@@ -70,7 +70,6 @@ def _overrides(quick: bool, settings: Settings) -> list[str]:
     return [
         *small,
         "data.table=tables/bench",
-        "data.validation_table=null",
         f"train.total_images={images}",
         "train.schedule.warmup_images=0",
         "train.log_every=640",

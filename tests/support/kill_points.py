@@ -11,6 +11,7 @@ the chain must hold whole checkpoints only, byte-equal to those of an undisturbe
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -22,19 +23,20 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import experiments
 import torch
 
+from hpc_gen.config.loader import Resolved
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.commit_log import DurabilityLog, Operation
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
 from hpc_gen.stages.train import run_train
-from hpc_gen.training.checkpoint import read
+from hpc_gen.training.checkpoint import manifest, read
 
-RECOVERED = 4
+RECOVERED = 6
 NAMES: tuple[Literal["keep", "lose"], ...] = ("keep", "lose")
 CONTENT: tuple[Literal["empty", "torn"], ...] = ("empty", "torn")
 
@@ -51,11 +53,17 @@ class Situation:
 # how each is made: where undisturbed attempts before it ended
 HISTORIES = {"fresh": (), "resumed": (32,), "preempted": (40,), "fallback": (48,)}
 SITUATIONS = (
-    Situation("fresh", 32),
-    Situation("resumed", 64),
-    Situation("preempted", 64),
-    Situation("fallback", 64, damaged=48),
+    Situation("fresh", 48),
+    Situation("resumed", 80),
+    Situation("preempted", 80),
+    Situation("fallback", 80, damaged=48),
 )
+
+
+@functools.cache
+def resolved_once(*overrides: str) -> Resolved:
+    """The experiment with overrides: parsing YAML takes longer than the training."""
+    return experiments.resolved(*overrides, text=experiments.LINEAR)
 
 
 @dataclass
@@ -92,7 +100,7 @@ class Driver:
 
     def attempt(self, run: RunFolder, end: int, *overrides: str, kill_at: int | None = None) -> list[Operation] | None:
         """One attempt in a forked child. Returns its operations when it was killed, None when it ended by itself."""
-        found = experiments.resolved(f"train.stop_at_images={end}", *overrides, text=experiments.LINEAR)
+        found = resolved_once(f"train.stop_at_images={end}", *overrides)
         self._trials += 1
         scratch = self.folder / "scratch" / str(self._trials)
         assert self.is_alone(), "a fork would lose the other threads"
@@ -103,17 +111,19 @@ class Driver:
         log = DurabilityLog.replay(scratch)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             if self.cut:
+                # whoever announces an operation has returned from the one before, and the other thread of an
+                # attempt that writes (save or main) is not alive or not writing
+                log.settle()
                 log.apply_power_cut(NAMES[self._trials % 2], CONTENT[self._trials // 2 % 2])
             shutil.rmtree(scratch)
             self.kills += 1
             return log.operations
         if os.waitstatus_to_exitcode(status) != 0:
             self.problems.append(f"{run.name}: attempt {self._trials} ended with status {status}")
-        self.operations.setdefault(run.name.partition("-")[0], log.count)
         shutil.rmtree(scratch)
         return None
 
-    def _be_an_attempt(self, run: RunFolder, found: Any, scratch: Path, kill_at: int | None) -> None:
+    def _be_an_attempt(self, run: RunFolder, found: Resolved, scratch: Path, kill_at: int | None) -> None:
         """Never returns."""
         code = 99
         try:
@@ -130,11 +140,11 @@ class Driver:
     def undisturbed(self) -> None:
         """The states and rows that every disturbed run must pass through: one attempt, every checkpoint kept."""
         run = self.workspace.run("reference", text=experiments.LINEAR)
-        for end in (40, 64):  # 40: where the preempted one stopped
+        for end in (40, 80):  # 40: where the preempted one stopped
             self.attempt(run, end, "train.keep_last=99")
         self.reference = {info.images_seen: read.manifest_sha256(info.path) for info in read.list_checkpoints(run)}
         self.rows = experiments.rows(run)
-        assert sorted(self.reference) == [16, 32, 40, 48, 64], self.problems
+        assert sorted(self.reference) == [16, 32, 40, 48, 64, 80], self.problems
 
     def base(self, situation: Situation) -> RunFolder:
         """The run folder of a situation, to be copied for each kill."""
@@ -164,7 +174,8 @@ class Driver:
             operations = self.attempt(run, situation.end, kill_at=kill_at)
             self.check(run, situation, operations, kill_at)
             if operations is None:
-                return  # there was no operation `kill_at`
+                self.operations[situation.name] = kill_at - 1  # the attempt has no more
+                return
             if kill_at % RECOVERED:
                 continue
             again = 1 + kill_at * 37 % 101
@@ -181,7 +192,7 @@ class Driver:
         numbered = sorted(run.checkpoints.glob("[0-9]*")) if run.checkpoints.is_dir() else []
         newest = -1
         for path in numbered:
-            found = read.verify(path)
+            found = manifest.problems(path)  # the metadata, too: its bytes are the reference's or it is a problem
             position = int(path.name)
             if found and position == situation.damaged:
                 continue
@@ -204,9 +215,8 @@ class Driver:
 
     def _committed(self, operations: list[Operation]) -> int:
         """The last commit that must survive: its rename was done and, for a power cut, its folder was synced."""
-        done = operations[:-1] if self.cut else operations  # of the last one the log of a cut does not know the end
         newest, waiting = -1, -1
-        for operation in done:
+        for operation in operations:
             path = operation.path
             if operation.name == "rename" and path.parent.name == "checkpoints" and path.name.isdigit():
                 waiting = int(path.name)

@@ -1,4 +1,4 @@
-"""The smallest method that trains: one linear layer, few tensors, quick saves; it can be told to lose its mind.
+"""The smallest method that trains: one weight, few tensors, quick saves; it can be told to lose its mind.
 
 `method: {name: "tiny_method:ENTRY", ...}`. A turn is named by what happens in it: "train" is healthy, "bad" gives NaN
 whatever is drawn, "unlucky" gives NaN where the draw `fate` of its first sample says so (other draws may be lucky).
@@ -33,7 +33,6 @@ class Config(BaseModel):
     """Places on the clock (images_seen before the step)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    width: int = 4
     bad_at: tuple[int, ...] = ()
     bad_from: int | None = None
     unlucky: tuple[int, ...] = ()
@@ -51,7 +50,7 @@ class TinyMethod:
     def __init__(self, config: Config) -> None:
         self._config = config
         with torch.device("meta"):
-            self._net = nn.Sequential(nn.Linear(PIXELS, config.width), nn.Linear(config.width, 1))
+            self._net = nn.Linear(PIXELS, 1, bias=False)
 
     def roles(self) -> dict[str, nn.Module]:
         return {"net": self._net}

@@ -52,6 +52,6 @@ def test_no_kill_point_loses_or_damages_a_commit(
     found = families[family]
     record_property("operations", found["operations"])
     assert found["problems"] == []
-    assert set(found["operations"]) == {"reference", "fresh", "resumed", "preempted", "fallback"}
-    assert found["kills"] >= LEAST and found["ended"] >= 100
+    assert set(found["operations"]) == {"fresh", "resumed", "preempted", "fallback"}
+    assert found["kills"] >= LEAST and found["ended"] >= 50
     counts.add("kills", found["kills"])

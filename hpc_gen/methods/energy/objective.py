@@ -148,7 +148,7 @@ class EnergyDiffusion:
         if self.config.input == "latents":
             return x
         if not bool(torch.isfinite(x).all()):
-            raise DivergedError("the sampled pixels are not finite; sample an earlier checkpoint, or with other settings")
+            raise DivergedError("sampled pixels are not finite; sample an earlier checkpoint or with other settings")
         return to_images(x)
 
     @torch.no_grad()
