@@ -63,6 +63,8 @@ def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopTok
         attempt = _claim(run, ranks)
         if ranks.is_main:
             stop.clear_files()  # a PREEMPT that ended the attempt before has had its effect
+            for folder in (run.path, run.journal, run.previews):
+                commit.sweep(folder)  # what killed attempts were writing; the chain sweeps its own
         try:
             return _attempt(run, resolved, config, workspace, stop, ranks, attempt)
         finally:

@@ -34,18 +34,19 @@ class EmaSet:
             for role, module in modules.items()
         }
         # decided once: turns switch requires_grad of other roles off and on
-        self._trained = {
-            role: [key for key, p in module.named_parameters() if p.requires_grad] for role, module in modules.items()
-        }
+        self._trained: dict[str, list[str]] = {}
+        self._sources: dict[str, list[Tensor]] = {}
+        for role, module in modules.items():
+            trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
+            self._trained[role] = list(trained)
+            self._sources[role] = [p.detach() for p in trained.values()]  # views: they follow the optimizer
 
     def update(self, roles: Sequence[str]) -> None:
         """Advance the averages of these roles towards the current weights; frozen parameters stay as they began."""
         for role in roles:
-            parameters = dict(self._modules[role].named_parameters())
-            trained = self._trained[role]
             for name, decay in self.decays.items():
                 average = self.averages[role][name]
-                update_ema_([average[key] for key in trained], [parameters[key].detach() for key in trained], decay)
+                update_ema_([average[key] for key in self._trained[role]], self._sources[role], decay)
 
     def tensors(self, role: str) -> dict[str, Tensor]:
         """`NAME/parameter` -> tensor of one role: the layout below `ema/ROLE/` of a checkpoint."""

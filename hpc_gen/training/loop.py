@@ -239,7 +239,11 @@ def _book(job: TrainJob, timing: Timing) -> None:
 
 
 def _save(job: TrainJob) -> float:
-    """Begin a checkpoint of everything; a failed save before it is reported and does not end the training."""
+    """Begin a checkpoint of everything; returns the seconds the loop stood still for it.
+
+    A failed save before it is reported and does not end the training.
+    """
+    begun = clock.monotonic()
     try:
         job.chain.wait()
     except FencedError:
@@ -256,7 +260,8 @@ def _save(job: TrainJob) -> float:
     for role in job.ema.averages:
         state.update({f"ema/{role}/{name}": tensor for name, tensor in job.ema.tensors(role).items()})
     facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
-    return job.chain.save(job.state.images_seen, state, facts)
+    job.chain.save(job.state.images_seen, state, facts)
+    return clock.monotonic() - begun
 
 
 def _roll_back(job: TrainJob) -> None:

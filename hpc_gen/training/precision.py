@@ -23,6 +23,8 @@ def set_determinism(deterministic: bool, threads: int) -> None:
     """Fix what changes the last bits: thread count always; atomics, autotuning and TF32 when `deterministic`."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+    # torch would fill every new tensor with NaN as well, to show reads of uninitialised memory; results do not change
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cuda.matmul.allow_tf32 = False

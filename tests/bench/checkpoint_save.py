@@ -79,10 +79,10 @@ def _table(found: dict[str, Any], committed: list[dict[str, Any]], settings: Set
     table = Table(
         "Checkpoint save, 2 ranks",
         f"{found['parameters']:,} parameters; weights, one average and two moments, {found['tensors']} tensors, "
-        f"{share_mib:.0f} MiB per rank; {settings.rounds} saves after the first, peers by turns with them on both ranks "
-        "at once; numbers of rank 0. Files lie in the temporary folder, both ranks on one disk. Ratio of the stall: to "
-        "one memcpy of the share between warm buffers (issue 4 asks for at most 1.5); of the write: to torch.save of "
-        "the share by each rank with one fsync.",
+        f"{share_mib:.0f} MiB per rank; {settings.rounds} saves after the first, peers by turns with them, on both "
+        "ranks at once; numbers of rank 0. Files lie in the temporary folder, both ranks on one disk. Ratio of the "
+        "stall: to one memcpy of the share between warm buffers (issue 4 asks for at most 1.5); of the write: to "
+        "torch.save of the share by each rank with one fsync.",
         ("what", "ms", "MiB/s per rank", "ratio"),
         identity=identity,
     )

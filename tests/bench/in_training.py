@@ -44,7 +44,7 @@ def run_of(folder: Path) -> RunFolder:
 
 
 def run_ranks(script: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `script` as two ranks of one thread each; what rank 0 wrote with `write_result`. RuntimeError when it fails."""
+    """Run `script` as two ranks of one thread each; what rank 0 wrote by `write_result`. RuntimeError: it failed."""
     path = ":".join(filter(None, [str(Path(__file__).parent), str(ROOT), env.get("PYTHONPATH")]))
     argv = [sys.executable, script, str(folder), json.dumps(dict(settings))]
     lines: list[str] = []
@@ -55,6 +55,7 @@ def run_ranks(script: str, folder: Path, settings: Mapping[str, Any]) -> dict[st
         log_dir=folder / "logs",
         on_line=lines.append,
         threads=1,
+        hold_signals=False,  # nobody lets them through here: Ctrl-C must end the ranks
     )
     if code != ExitCode.DONE:
         logs = "\n".join(log.read_text() for log in sorted((folder / "logs").glob("*.log")))

@@ -24,7 +24,7 @@ def bench(quick: bool) -> list[Table]:
     rounds, batches = (3, 8) if quick else (7, 256)
     table = Table(
         "Draws per second",
-        f"One thread, batches of {BATCH} samples, {rounds} rounds of {batches} batches. Peers: one torch generator that "
+        f"One thread, batches of {BATCH} samples, {rounds} rounds of {batches} batches. Peers: a torch generator that "
         "fills whole batches (draws then depend on how batches are cut), and a torch generator reseeded per sample. "
         "Ratio: time of Stream.batch over that of the peer.",
         ("one sample draws", "Stream.batch, samples/s", "ratio to running generator", "ratio to reseeded generator"),
@@ -57,9 +57,7 @@ def bench(quick: bool) -> list[Table]:
     return [table]
 
 
-def _torch_fill(
-    distribution: Distribution, shape: tuple[int, ...]
-) -> Callable[[torch.Generator, int], torch.Tensor]:
+def _torch_fill(distribution: Distribution, shape: tuple[int, ...]) -> Callable[[torch.Generator, int], torch.Tensor]:
     """The same distribution by torch: (generator, samples) -> tensor [samples, *shape]."""
     if isinstance(distribution, Normal):
         return lambda generator, count: torch.randn((count, *shape), generator=generator)

@@ -96,8 +96,8 @@ def _speed(folder: Path, moments: Tensor, rows: int, rounds: int) -> Table:
     result = Table(
         "Reading a table in training order",
         f"{rows:,} samples, 16 KiB per row on disk (latent and flip, float16), one of the two delivered (8 KiB), batch "
-        f"{BATCH}, shards of {SHARD_ROWS} rows, blocks of {SHUFFLE_SHARDS} shards; {rounds} rounds of one epoch by turns, "
-        "warm page cache, one thread. Ratio: samples/s over those of the faster memmap row (issue 4 asks for at least 1).",
+        f"{BATCH}, shards of {SHARD_ROWS} rows, blocks of {SHUFFLE_SHARDS} shards; {rounds} rounds of one epoch by "
+        "turns, warm page cache, one thread. Ratio: samples/s over the faster memmap row's (issue 4: at least 1).",
         ("way", "samples/s", "ratio to memmap"),
     )
     for name in names:
@@ -129,9 +129,9 @@ def _memory(folder: Path, rows: int) -> Table:
     order = BlockShuffle(table.shard_rows, SEED, SHUFFLE_SHARDS)
     result = Table(
         "Memory over an epoch",
-        "The same table read in training order. Private: anonymous memory of the process, which must stay flat. Mapped: "
-        "pages of the shards that this process has touched; they belong to the page cache and are given back when "
-        "memory is short.",
+        "The same table read in training order. Private: anonymous memory of the process, which must stay flat. "
+        "Mapped: pages of the shards that this process has touched; they belong to the page cache and are given back "
+        "when memory is short.",
         ("place", "private, MiB", "change since the start, MiB", "mapped files, MiB"),
     )
     start = _status_mib("RssAnon")
@@ -175,8 +175,8 @@ def _resume(folder: Path, rows: int, rounds: int) -> Table:
     found: dict[str, Spread] = by_turns(actions, 2 * rounds)
     result = Table(
         "First batch after a resume",
-        f"Table, order and feed made anew, the time to the first batch of {BATCH}; {2 * rounds} rounds by turns. It must "
-        "not depend on the position.",
+        f"Table, order and feed made anew, the time to the first batch of {BATCH}; {2 * rounds} rounds by turns. It "
+        "must not depend on the position.",
         ("resumed at", "ms to the first batch", "ratio to the start"),
     )
     for name in places:

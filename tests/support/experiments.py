@@ -25,6 +25,7 @@ from hpc_gen.runtime.journal import history
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
 from hpc_gen.stages import run_setup
+from hpc_gen.training.checkpoint import storage
 
 CLASSES = 4
 TABLE, HELD_OUT = "tables/toy", "tables/toyval"
@@ -125,5 +126,5 @@ def rows(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
 
 
 def leftovers(run: RunFolder) -> list[str]:
-    """Names of staging and trash that lie about in the chain."""
-    return [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
+    """Staging and trash that lie about in a run folder."""
+    return [path.relative_to(run.path).as_posix() for path in run.path.rglob(".*") if path.name != storage.METADATA]

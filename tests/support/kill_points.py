@@ -29,7 +29,7 @@ import experiments
 import torch
 
 from hpc_gen.config.loader import Resolved
-from hpc_gen.runtime import commit
+from hpc_gen.runtime import clock, commit, journal
 from hpc_gen.runtime.commit_log import DurabilityLog, Operation
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
@@ -43,20 +43,28 @@ CONTENT: tuple[Literal["empty", "torn"], ...] = ("empty", "torn")
 
 @dataclass(frozen=True)
 class Situation:
-    """A run folder as an attempt may find it, and where (images) the attempt shall end."""
+    """A run folder as an attempt may find it, and where (images) the attempt shall end.
+
+    `before`: where an undisturbed attempt before it ended; `damaged`: its last checkpoint is not whole, on purpose.
+    """
 
     name: str
     end: int
-    damaged: int | None = None  # position of a checkpoint that is not whole, on purpose
+    before: int | None = None
+    damaged: bool = False
+
+    @property
+    def held(self) -> int:
+        """The newest whole checkpoint that the attempt finds; -1: none."""
+        return -1 if self.before is None else self.before - SAVE_EVERY if self.damaged else self.before
 
 
-# how each is made: where undisturbed attempts before it ended
-HISTORIES = {"fresh": (), "resumed": (32,), "preempted": (40,), "fallback": (48,)}
+SAVE_EVERY = 16  # images, as in experiments.LINEAR
 SITUATIONS = (
     Situation("fresh", 48),
-    Situation("resumed", 80),
-    Situation("preempted", 80),
-    Situation("fallback", 80, damaged=48),
+    Situation("resumed", 80, before=32),
+    Situation("preempted", 80, before=40),
+    Situation("fallback", 80, before=48, damaged=True),
 )
 
 
@@ -128,6 +136,7 @@ class Driver:
         code = 99
         try:
             sys.stdout = open(os.devnull, "w")
+            clock.process_start.cache_clear()  # ours, not the parent's
             commit.ops.observer = DurabilityLog(scratch, kill_at)
             code = int(run_train(run, found, self.folder, StopToken(run)))
         except BaseException:
@@ -149,10 +158,10 @@ class Driver:
     def base(self, situation: Situation) -> RunFolder:
         """The run folder of a situation, to be copied for each kill."""
         run = self.workspace.run(f"{situation.name}-base", text=experiments.LINEAR)
-        for end in HISTORIES[situation.name]:
-            self.attempt(run, end)
-        if situation.damaged is not None:
-            data = run.checkpoints / f"{situation.damaged:012d}" / "__0_0.distcp"
+        if situation.before is not None:
+            self.attempt(run, situation.before)
+        if situation.damaged:
+            data = run.checkpoints / f"{situation.before:012d}" / "__0_0.distcp"
             content = bytearray(data.read_bytes())
             content[len(content) // 2] ^= 1
             data.write_bytes(content)
@@ -194,7 +203,7 @@ class Driver:
         for path in numbered:
             found = manifest.problems(path)  # the metadata, too: its bytes are the reference's or it is a problem
             position = int(path.name)
-            if found and position == situation.damaged:
+            if found and situation.damaged and position == situation.before:
                 continue
             if found:
                 self.problems.append(f"{where}: {found[0]}")
@@ -202,7 +211,7 @@ class Driver:
                 self.problems.append(f"{where}: the checkpoint at {position} is not the undisturbed run's")
             else:
                 newest = max(newest, position)
-        committed = self._committed(operations) if operations is not None else situation.end
+        committed = situation.end if operations is None else self._committed(run, situation, operations)
         if newest < committed:
             self.problems.append(f"{where}: {committed} images were committed, {newest} are left")
         if operations is None:
@@ -213,17 +222,19 @@ class Driver:
             if experiments.rows(run) != expected:
                 self.problems.append(f"{where}: the rows are not the undisturbed run's")
 
-    def _committed(self, operations: list[Operation]) -> int:
-        """The last commit that must survive: its rename was done and, for a power cut, its folder was synced."""
-        newest, waiting = -1, -1
-        for operation in operations:
-            path = operation.path
-            if operation.name == "rename" and path.parent.name == "checkpoints" and path.name.isdigit():
-                waiting = int(path.name)
-                newest = newest if self.cut else max(newest, waiting)
-            elif operation.name == "fsync_dir" and path.name == "checkpoints":
-                newest = max(newest, waiting)
-        return newest
+    def _committed(self, run: RunFolder, situation: Situation, operations: list[Operation]) -> int:
+        """The last commit that must survive: one that the journal tells of or, without a power cut, one renamed."""
+        told = [
+            int(event.fields["images_seen"])
+            for event in journal.read(run)
+            if event.kind == "save_committed" and (event.attempt > 1 or situation.before is None)
+        ]
+        renamed = [
+            int(operation.path.name)
+            for operation in operations
+            if operation.name == "rename" and operation.path.parent == run.checkpoints and operation.path.name.isdigit()
+        ]
+        return max([situation.held, *told, *([] if self.cut else renamed)])
 
 
 def main(family: str) -> None:
