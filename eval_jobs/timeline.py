@@ -10,19 +10,10 @@ from hpc_gen.runtime import goodput
 from hpc_gen.runtime.errors import ExitCode
 from hpc_gen.runtime.journal import Attempt, Event
 from hpc_gen.runtime.progress import format_duration
+from hpc_gen.stages.status import ENDINGS
 
 MAX_ATTEMPTS_DRAWN = 40
 
-ENDINGS = {
-    ExitCode.DONE: "done",
-    ExitCode.USER: "ended by a mistake in the command or config",
-    ExitCode.DATA: "ended: data or checkpoint refused",
-    ExitCode.BUG: "failed",
-    ExitCode.DIVERGED: "diverged",
-    ExitCode.REQUEUE: "preempted, state saved",
-    ExitCode.REQUEUE_ELSEWHERE: "ended: wants other nodes",
-    ExitCode.STOPPED: "stopped by the user, state saved",
-}
 BOOKED = {
     "productive": "steps and units that are part of the run as it stands",
     "start_up": "from the start of a process to its first step or unit",

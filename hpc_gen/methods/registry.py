@@ -45,7 +45,7 @@ def entry(name: str) -> MethodEntry:
     module_name, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: ".module:X", ":X"
         raise UserError(f"method '{name}' cannot be imported from '{target}' ({error}); check the path") from error
     if not isinstance(found, MethodEntry):
         raise UserError(f"'{target}' is a {type(found).__name__}, not a MethodEntry; point method.name at one")

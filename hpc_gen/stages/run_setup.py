@@ -46,6 +46,8 @@ def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) ->
             f"{' and more' if len(changed) > 4 else ''}; choose another name with name=..., or remove {run.path}"
         )
     if (before.identity, before.operation) != (resolved.identity, resolved.operation):
+        # two files do not change at once: a kill in between leaves either experiment, and both are accepted
+        commit.write_json(run.hashes_path, {**_hashes(before), "becoming": resolved.identity})
         commit.write_text(run.config_path, resolved.to_yaml())
         commit.write_json(run.hashes_path, _hashes(resolved))
     return run
@@ -60,7 +62,7 @@ def load_run(run: RunFolder) -> Resolved:
         hashes = json.loads(run.hashes_path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{run.hashes_path} cannot be read ({error}); restore it, or start a new run") from error
-    if hashes.get("identity") != resolved.identity:
+    if resolved.identity not in (hashes.get("identity"), hashes.get("becoming")):
         raise DataError(
             f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run "
             "began; undo the edit, or start a new run with another name"

@@ -16,7 +16,7 @@ from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages.control import Holder, holder
 from hpc_gen.training.checkpoint import manifest
 
-_ENDED = {
+ENDINGS = {
     ExitCode.DONE: "done",
     ExitCode.USER: "ended by a mistake in the command or config",
     ExitCode.DATA: "ended: data or checkpoint refused",
@@ -149,7 +149,7 @@ def _ended(attempt: journal.Attempt) -> str:
     if attempt.exit_code is None:
         return "killed without a word (its last sign of life is the end)"
     known = attempt.exit_code in set(ExitCode)
-    word = _ENDED[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
+    word = ENDINGS[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
     told = attempt.cause if attempt.cause not in (None, "done", word) else None
     return f"{word} ({told})" if told else word
 

@@ -57,7 +57,7 @@ class RoleOptimizer:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state as `state()` gave it; parameters that are absent start afresh.
 
-        Raises CheckpointError for a name this role lacks or a shape that does not fit.
+        Raises CheckpointError for a name this role lacks, a shape that does not fit, or half a parameter's state.
         """
         self._adamw.state.clear()
         for key, value in state.items():
@@ -70,3 +70,7 @@ class RoleOptimizer:
                     f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
                 )
             self._adamw.state[parameter][kind] = value.to(parameter.device, copy=True)
+        for name, parameter in self.parameters.items():
+            lacking = [kind for kind in STATE_NAMES if kind not in self._adamw.state.get(parameter, STATE_NAMES)]
+            if lacking:
+                raise CheckpointError(f"optimizer state of '{name}' lacks '{lacking[0]}'; the checkpoint is not whole")

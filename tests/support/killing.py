@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("SIGKILL one rank", "SIGKILL all ranks", "SIGKILL the launcher", "SIGTERM one rank", "SIGTERM the launcher")
 MOMENTS = ("training", "training", "training", "saving", "starting")
 START_S = 4.0  # a kill while starting comes within this time
+POLL_S = 0.01  # a finer one would take the time that the ranks need
 PATIENCE_S = 240.0  # longer than any attempt lasts, on a busy machine, too
 
 
@@ -126,7 +127,7 @@ class Launched:
         """Until the moment of the plan, or the end of the run."""
         while not self.ended() and not self._has_come(plan):
             assert clock.monotonic() - self.begun < PATIENCE_S, f"{self.run.path} does not get to {plan}"
-            clock.sleep(0.002)
+            clock.sleep(POLL_S)
         clock.sleep(plan.delay_s)
 
     def _has_come(self, plan: Plan) -> bool:
@@ -137,20 +138,23 @@ class Launched:
         return any(e.kind == "save_begin" and e.fields["images_seen"] >= plan.target for e in self.events())
 
     def kill(self, plan: Plan) -> None:
-        """Send the signal of the plan; to processes that are there no more: nothing."""
+        """Send the signal of the plan, once there is someone to get it."""
         number = signal.SIGKILL if plan.kind.startswith("SIGKILL") else signal.SIGTERM
-        ranks = self.ranks()
-        if plan.kind.endswith("launcher"):
-            victims = [self.process.pid] if not self.ended() else []
-        elif plan.kind.endswith("all ranks"):
-            victims = list(ranks.values())
-        else:
-            victims = [ranks[plan.rank]] if plan.rank in ranks else []
-        for victim in victims:
+        while not self.ended() and not (victims := self._victims(plan)):
+            clock.sleep(POLL_S)
+        for victim in victims if not self.ended() else []:
             try:
                 os.kill(victim, number)
             except ProcessLookupError:
                 pass
+
+    def _victims(self, plan: Plan) -> list[int]:
+        if plan.kind.endswith("launcher"):
+            return [self.process.pid]
+        ranks = self.ranks()
+        if plan.kind.endswith("all ranks"):
+            return list(ranks.values())
+        return [ranks[plan.rank]] if plan.rank in ranks else []
 
     def wait(self) -> int:
         """The launcher's code; afterwards no rank is left, even of a launcher that was killed."""

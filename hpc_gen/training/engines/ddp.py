@@ -205,7 +205,11 @@ class DdpEngine:
     def _weighted(self, losses: Losses, counts: Mapping[str, float]) -> Tensor:
         """sum of weight * sum / global count: what is differentiated."""
         assert losses.terms.keys() == counts.keys(), "objective and counts name different terms"
-        parts = [t.sum * (t.weight / counts[n]) for n, t in losses.terms.items() if t.weight != 0.0 and counts[n] > 0]
+        # a term that counts nothing in this whole batch (empty masks) stays in the graph with factor 0: its backward
+        # pass reaches the same parameters as in every other step
+        parts = [
+            t.sum * (t.weight / counts[n] if counts[n] > 0 else 0.0) for n, t in losses.terms.items() if t.weight != 0.0
+        ]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
