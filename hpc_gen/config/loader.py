@@ -124,6 +124,15 @@ def diff(a: Resolved, b: Resolved) -> list[tuple[str, Any, Any]]:
     return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
 
 
+def identity_diff(a: Resolved, b: Resolved, sections: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """`diff` over the identity part of the named sections: what makes `identity_of` of them differ."""
+    left, right = (
+        dict(_leaves({name: split(each.experiment)[0][name] for name in sections}, "")) for each in (a, b)
+    )
+    names = list(left) + [name for name in right if name not in left]
+    return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
+
+
 def schema() -> dict[str, Any]:
     """JSON schema of an experiment file, with the meaning of each key; the method's section is open."""
     return Experiment.model_json_schema()

@@ -39,7 +39,7 @@ def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) ->
         return run
     before = load_run(run)
     if before.identity_of(*WEIGHTS_DEPEND_ON) != resolved.identity_of(*WEIGHTS_DEPEND_ON):
-        differences = [row for row in loader.diff(before, resolved) if row[0].split(".")[0] in WEIGHTS_DEPEND_ON]
+        differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
         changed = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
         raise UserError(
             f"run '{run.name}' was made with other settings: {'; '.join(changed[:4])}"
@@ -94,9 +94,11 @@ def freeze_code(target: Path) -> None:
         if not source.is_dir():
             continue
         for path in sorted(source.rglob("*")):
-            if path.is_dir() or "__pycache__" in path.parts or path.suffix in (".pyc", ".so"):
+            relative = path.relative_to(source)
+            hidden = any(part == "__pycache__" or part.startswith(".") for part in relative.parts)
+            if path.is_dir() or hidden or path.suffix in (".pyc", ".so"):
                 continue
-            copy = target / package / path.relative_to(source)
+            copy = target / package / relative
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
             commit.sync_file(copy)

@@ -32,6 +32,9 @@ WORKERS = {
 }
 
 
+GRACE_S = 10.0  # between a rank's failure and SIGKILL for the others
+
+
 @dataclass(frozen=True)
 class _Width:
     """Processes of one stage on this machine."""
@@ -62,8 +65,15 @@ def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
     path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
     extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace)}
     if name == "train":
+        # ranks end together (a barrier), so one that has failed leaves the others nothing to do but to fail, too
         return launch.run_ranks(
-            argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads, log_name=name
+            argv,
+            width.processes,
+            env=extra,
+            log_dir=run.logs,
+            threads=width.threads,
+            log_name=name,
+            grace_s=GRACE_S,
         )
     extra["HPC_GEN_ATTEMPT"] = str(claim_attempt(run, name))
     return launch.run_tasks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads, log_name=name)

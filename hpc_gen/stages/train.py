@@ -124,6 +124,7 @@ def _attempt(
         if ranks.is_main:
             _leave(run, attempt, ended, code, cause, seen)
     _tell(job, ended)
+    ranks.barrier()  # all end together: a launcher ends those that linger, and rank 0 may still be publishing
     return code
 
 

@@ -10,6 +10,7 @@ import torch
 from hpc_gen.config.experiment import ValidateConfig
 from hpc_gen.data.table import Table
 from hpc_gen.methods.protocol import Method, Turn
+from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.randomness import Stream
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.training.engines.base import Engine, MicroBatch
@@ -34,6 +35,11 @@ def validate(
     turn's purpose.
     """
     rows = min(config.num_images, table.rows) // coupling_group * coupling_group
+    if rows == 0:
+        raise UserError(
+            f"validation has no whole coupling group: {min(config.num_images, table.rows)} rows of {table.folder} and "
+            f"train.coupling_group {coupling_group}; raise train.validate.num_images or encode more rows"
+        )
     starts = range(0, rows, micro_batch)
     out: dict[str, float] = {}
     turns = method.turns(0, 0)

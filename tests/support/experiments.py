@@ -25,7 +25,6 @@ from hpc_gen.runtime.journal import history
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
 from hpc_gen.stages import run_setup
-from hpc_gen.training.checkpoint import storage
 
 CLASSES = 4
 TABLE, HELD_OUT = "tables/toy", "tables/toyval"
@@ -127,4 +126,5 @@ def rows(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
 
 def leftovers(run: RunFolder) -> list[str]:
     """Staging and trash that lie about in a run folder."""
-    return [path.relative_to(run.path).as_posix() for path in run.path.rglob(".*") if path.name != storage.METADATA]
+    prefixes = (commit.STAGING_PREFIX, commit.TRASH_PREFIX)
+    return [str(path.relative_to(run.path)) for path in run.path.rglob(".t*") if path.name.startswith(prefixes)]

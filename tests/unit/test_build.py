@@ -46,7 +46,12 @@ LABEL_SPEC = ColumnSpec(("int64",), (), max_value=9)
 
 @pytest.mark.parametrize(
     "spec",
-    [PIXEL_SPEC, ColumnSpec(("uint8",), (-1, 8, 8)), ColumnSpec(("uint8",), (-1, -1, -1)), ColumnSpec(("uint8",), (1, 8, 8), 3)],
+    [
+        PIXEL_SPEC,
+        ColumnSpec(("uint8",), (-1, 8, 8)),
+        ColumnSpec(("uint8",), (-1, -1, -1)),
+        ColumnSpec(("uint8",), (1, 8, 8), 3),
+    ],
 )
 def test_a_table_that_fits(tmp_path: Path, spec: ColumnSpec) -> None:
     found = table(tmp_path / "t", pixels=PIXELS, labels=LABELS)
@@ -65,7 +70,10 @@ def test_a_table_that_fits(tmp_path: Path, spec: ColumnSpec) -> None:
             Strict(pixels=ColumnSpec(("uint8",), (3, 8, 8))),
             "a row of column 'pixels' has shape (1, 8, 8), the method needs (3, 8, 8); change the method's sizes or encode at another size",
         ),
-        (Strict(pixels=ColumnSpec(("uint8",), (-1, 8))), "a row of column 'pixels' has shape (1, 8, 8), the method needs (-1, 8)"),
+        (
+            Strict(pixels=ColumnSpec(("uint8",), (-1, 8))),
+            "a row of column 'pixels' has shape (1, 8, 8), the method needs (-1, 8)",
+        ),
         (Strict(labels=ColumnSpec(("int64",), (1,))), "a row of column 'labels' has shape (), the method needs (1,)"),
         (
             Strict(pixels=PIXEL_SPEC, labels=ColumnSpec(("int64",), (), max_value=2)),
@@ -135,7 +143,9 @@ def test_given_weights_are_taken_over() -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(weights: dict[str, Tensor], found: str) -> None:
-    with pytest.raises(CheckpointError, match=f"weights of role 'net' do not fit the method: .*{found}.*method section") as info:
+    with pytest.raises(
+        CheckpointError, match=f"weights of role 'net' do not fit the method: .*{found}.*method section"
+    ) as info:
         build_method(resolved(text=LINEAR).experiment, TableFacts(4), lambda role: weights)
     assert "\n" not in str(info.value)
 
@@ -168,6 +178,15 @@ def test_a_role_does_not_depend_on_the_other_roles() -> None:
 
     both, alone = bits_after(TwoPlayer()), bits_after(Alone())
     assert all(torch.equal(value, both[name]) for name, value in alone.items())
+
+    class Twins(TwoPlayer):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.device("meta"):
+                self._roles = {name: nn.Linear(3, 3) for name in ("generator", "discriminator")}
+
+    twins = bits_after(Twins())
+    assert not torch.equal(twins["generator/weight"], twins["discriminator/weight"])  # nor repeats another's numbers
 
 
 def bits_after(method: TwoPlayer) -> dict[str, Tensor]:

@@ -32,7 +32,10 @@ def test_an_own_method_is_named_by_module_and_attribute() -> None:
     [
         ("enrgy", r"^unknown method 'enrgy' \(did you mean 'energy'\?\); known methods: .*energy"),
         ("zzz", "^unknown method 'zzz'; known methods: .*energy"),
-        ("no_such_module:ENTRY", "^method 'no_such_module:ENTRY' cannot be imported .*No module named 'no_such_module'"),
+        (
+            "no_such_module:ENTRY",
+            "^method 'no_such_module:ENTRY' cannot be imported .*No module named 'no_such_module'",
+        ),
         ("tiny_method:ENTRIES", "^method 'tiny_method:ENTRIES' cannot be imported .*no attribute 'ENTRIES'"),
         (":ENTRY", "^method ':ENTRY' cannot be imported .*check the path"),
         (".tiny_method:ENTRY", "^method '.tiny_method:ENTRY' cannot be imported .*check the path"),

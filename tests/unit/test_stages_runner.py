@@ -143,13 +143,18 @@ def test_operation_and_sampling_are_taken_over(tmp_path: Path, override: str, ot
     before = run_setup.load_run(run)
     run_setup.prepare_run(loads(SAMPLED, [override]), tmp_path)
     now = run_setup.load_run(run)
-    assert (now.identity, now.operation) == (resolved(override, text=SAMPLED).identity, resolved(override, text=SAMPLED).operation)
+    assert (now.identity, now.operation) == (
+        resolved(override, text=SAMPLED).identity,
+        resolved(override, text=SAMPLED).operation,
+    )
     assert (now.identity != before.identity) == other_identity
     assert (now.operation != before.operation) == (not other_identity)
     assert leftovers(run) == []
 
 
-def test_a_kill_between_the_two_files_leaves_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_the_two_files_leaves_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """config.yaml and hashes.json cannot change at once; die after each write in turn."""
 
     class Killed(BaseException):
@@ -359,7 +364,9 @@ def test_a_stop_between_units_keeps_what_is_done(
 ) -> None:
     run = Workspace(tmp_path).run("r", text=COUNTED)
 
-    def do(self: Counting, unit: Unit, staging: Path, poll: Callable[[], None], original: Callable = Counting.do) -> dict:
+    def do(
+        self: Counting, unit: Unit, staging: Path, poll: Callable[[], None], original: Callable = Counting.do
+    ) -> dict:
         files = original(self, unit, staging, poll)
         if unit.name == "u1":
             signal.raise_signal(signal.SIGTERM)

@@ -61,7 +61,10 @@ def test_the_cut_into_micro_batches_does_not_matter(cut: int) -> None:
 
 def test_a_dynamic_count_is_divided_out_globally() -> None:
     """Masks differ per micro-batch: the mean of means would be another number than the mean over all kept tokens."""
-    method, pieces = Tokens("tokens", vocabulary=3, length=SIDE * SIDE), Tokens("tokens", vocabulary=3, length=SIDE * SIDE)
+    method, pieces = (
+        Tokens("tokens", vocabulary=3, length=SIDE * SIDE),
+        Tokens("tokens", vocabulary=3, length=SIDE * SIDE),
+    )
     a, b = make_engine(method), make_engine(pieces)
     micros = micro_batches(method, TRAIN, token_batch(), 1)
     for number, (_, draws) in enumerate(micros):
@@ -210,7 +213,9 @@ def test_a_frozen_role_has_no_optimizer_and_never_moves() -> None:
     assert engine.trained_roles() == ["generator"]
     before = clone(engine.state())
     step_game(engine, method, G)
-    assert {name for name in changed(before, engine.state()) if "discriminator" in name} == {"model/discriminator/power"}
+    assert {name for name in changed(before, engine.state()) if "discriminator" in name} == {
+        "model/discriminator/power"
+    }
     assert not any(name.startswith("optim/discriminator") for name in engine.state())
 
 
@@ -269,13 +274,22 @@ def test_loading_copies_and_forgets_what_was_there() -> None:
     ("spoil", "sentence"),
     [
         (lambda t: t.pop("model/net/bias"), "role 'net' and the checkpoint differ in 1 keys, first 'bias'"),
-        (lambda t: t.update({"model/net/extra": torch.zeros(1)}), "role 'net' and the checkpoint differ in 1 keys, first 'extra'"),
+        (
+            lambda t: t.update({"model/net/extra": torch.zeros(1)}),
+            "role 'net' and the checkpoint differ in 1 keys, first 'extra'",
+        ),
         (
             lambda t: t.update({"model/net/bias": torch.zeros(1, 16)}),
             r"model/net/bias has shape \(1, 16\) in the checkpoint, \(16,\) in the model; was the method section changed\?",
         ),
-        (lambda t: t.update({"optim/net/gone/step": torch.zeros(())}), "optimizer state 'gone/step' belongs to no parameter"),
-        (lambda t: t.update({"optim/net/bias/momentum": torch.zeros(16)}), "optimizer state 'bias/momentum' belongs to no parameter"),
+        (
+            lambda t: t.update({"optim/net/gone/step": torch.zeros(())}),
+            "optimizer state 'gone/step' belongs to no parameter",
+        ),
+        (
+            lambda t: t.update({"optim/net/bias/momentum": torch.zeros(16)}),
+            "optimizer state 'bias/momentum' belongs to no parameter",
+        ),
         (
             lambda t: t.update({"optim/net/bias/exp_avg": torch.zeros(3)}),
             r"optimizer state 'bias/exp_avg' has shape \(3,\), the parameter \(16,\)",
@@ -321,3 +335,18 @@ def test_evaluate_without_rows_on_this_rank() -> None:
 def test_the_tiny_method_is_the_size_the_tests_think() -> None:
     _, engine = tiny()
     assert engine.state()["model/net/weight"].shape == (1, PIXELS)
+
+
+def test_a_non_finite_step_leaves_moved_buffers_alone() -> None:
+    """A running statistic that took in a NaN would never lose it again."""
+    method = TwoPlayer()
+    engine = make_engine(method)
+    power = method.discriminator.power
+    bad_batch = [(grey_batch(), {"z": torch.full((8, 6), float("nan"))})]
+    start = power.clone()
+    assert not engine.step(D, bad_batch, 0.01).finite and torch.equal(power, start)  # at the very first step, too
+    assert step_game(engine, method, D).finite
+    moved = power.clone()
+    assert not torch.equal(moved, start)
+    assert not engine.step(D, bad_batch, 0.01).finite and torch.equal(power, moved)
+    assert step_game(engine, method, D, 1).finite and not torch.equal(power, moved)

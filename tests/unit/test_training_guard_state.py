@@ -67,7 +67,9 @@ FULL = TrainState(
 
 
 @pytest.mark.parametrize(
-    "state", [TrainState(), FULL, replace(FULL, digest=2**63), replace(FULL, digest=2**63 - 1)], ids=str
+    "state",
+    [TrainState(), FULL, replace(FULL, digest=2**63), replace(FULL, digest=2**63 - 1)],
+    ids=["new", "full", "smallest-negative", "largest-positive"],
 )
 def test_tensors_go_round_exactly(state: TrainState) -> None:
     tensors = state.tensors()
@@ -115,7 +117,9 @@ def test_the_guard_gives_up_when_roll_backs_are_used_up() -> None:
     assert verdicts(guard, state, "xx")[-1] is Verdict.ROLL_BACK
     state.draw_counter, state.non_finite_run = 2, 0  # what the loop does at the second roll-back
     assert guard.judge(state, False) is Verdict.SKIPPED
-    with pytest.raises(DivergedError, match="2 steps in a row were not finite before 640 images, after 2 roll-backs") as info:
+    with pytest.raises(
+        DivergedError, match="2 steps in a row were not finite before 640 images, after 2 roll-backs"
+    ) as info:
         guard.judge(state, False)
     assert info.value.exit_code == ExitCode.DIVERGED == 75
 

@@ -52,7 +52,9 @@ def step(precision: str) -> tuple[Watching, dict[str, torch.Tensor], float]:
     method = Watching()
     engine = make_engine(method, precision=precision)
     batch = {
-        "pixels": torch.randint(0, 256, (8, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
+        "pixels": torch.randint(
+            0, 256, (8, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        ),
         "code": torch.randn(8, 3, generator=torch.Generator().manual_seed(1)),
     }
     micros = micro_batches(method, TURN, batch, 4)

@@ -64,7 +64,13 @@ def run(
     config = ValidateConfig(every_images=8, num_images=settings.pop("num_images", 16))
     ranks = ranks or RecordingRanks()
     return validate(
-        method, engine, table, config, ranks=ranks, poll=lambda: (polls if polls is not None else []).append(1), **settings
+        method,
+        engine,
+        table,
+        config,
+        ranks=ranks,
+        poll=lambda: (polls if polls is not None else []).append(1),
+        **settings,
     )
 
 
@@ -144,7 +150,12 @@ def test_terms_of_a_single_turn_have_no_prefix(table: Table) -> None:
 
         def objective(self, turn: Turn, batch: Any, draws: Any) -> Losses:
             size = float(len(batch["pixels"]))
-            return Losses({"fake": Term(torch.tensor(3.0 * size), size, weight=2.0), "real": Term(torch.tensor(size), size, weight=0.0)})
+            return Losses(
+                {
+                    "fake": Term(torch.tensor(3.0 * size), size, weight=2.0),
+                    "real": Term(torch.tensor(size), size, weight=0.0),
+                }
+            )
 
     method = Alone()
     assert run(method, make_engine(method), table) == {"loss": 6.0, "fake": 3.0, "real": 1.0}

@@ -45,7 +45,8 @@ class DdpEngine:
                 self._buckets[role] = GradientBuckets(list(optimizer.parameters.values()), ranks, bucket_bytes)
             else:
                 module.requires_grad_(False)
-        self._buffer_versions: dict[Tensor, int] = {}
+        self._buffer_versions = {b: b._version for module in self._modules.values() for b in module.buffers()}
+        self._moving: set[Tensor] | None = None  # buffers that a step has changed; None: no step was made yet
         self._trainable = {role: list(o.parameters.values()) for role, o in self._optimizers.items()}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -62,6 +63,7 @@ class DdpEngine:
         self._train_only(turn.role)
         placed = [self._placed(micro) for micro in micro_batches]
         counts = self._global_counts(turn, placed)
+        before = [(buffer, buffer.clone()) for buffer in self._moving_buffers()]
         buckets.begin()
         sums: dict[str, Tensor] = {}
         for index, (batch, draws) in enumerate(placed):
@@ -77,7 +79,11 @@ class DdpEngine:
         buckets.finish()
         self._sync_buffers()
         weights = {name: term.weight for name, term in losses.terms.items()}
-        return self._finish(turn, buckets, optimizer, self._means(sums, counts), weights, lr)
+        result = self._finish(turn, buckets, optimizer, self._means(sums, counts), weights, lr)
+        if not result.finite:
+            for buffer, kept in before:  # a running statistic that took in a NaN would never lose it again
+                buffer.copy_(kept)
+        return result
 
     def _finish(
         self,
@@ -100,11 +106,15 @@ class DdpEngine:
             optimizer.step(lr * turn.lr_scale)
         return StepResult(losses=means, total=loss, grad_norm=grad_norm, finite=finite)
 
-    @torch.no_grad()
     def evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Global mean of each term and their weighted total `loss`; a rank without rows passes no micro-batch."""
         for module in self._modules.values():
             module.eval()  # no forward may move a buffer here, or ranks would part; step() puts them back
+        inside = self._method.parallel_plan(turn.role).differentiates_inside
+        with torch.set_grad_enabled(inside):  # a loss that differentiates inside its forward needs a graph even here
+            return self._evaluate(turn, micro_batches)
+
+    def _evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         placed = [self._placed(micro) for micro in micro_batches]
         sums: dict[str, Tensor] = {}
         counts: dict[str, float] = {}
@@ -173,15 +183,18 @@ class DdpEngine:
 
         Otherwise each rank would keep its own, a checkpoint could hold only one, and a resumed run would differ.
         """
-        changed: list[Tensor] = []
-        for module in self._modules.values():
-            for buffer in module.buffers():
-                if self._buffer_versions.get(buffer) != buffer._version:
-                    changed.append(buffer)
-        for buffer in changed:
-            if self._ranks.world_size > 1:
-                self._ranks.broadcast_(buffer)
-            self._buffer_versions[buffer] = buffer._version
+        moving = self._moving if self._moving is not None else set()
+        for buffer, version in self._buffer_versions.items():
+            if buffer._version != version:
+                if self._ranks.world_size > 1:
+                    self._ranks.broadcast_(buffer)
+                moving.add(buffer)
+                self._buffer_versions[buffer] = buffer._version
+        self._moving = moving
+
+    def _moving_buffers(self) -> list[Tensor]:
+        """Buffers that some step has changed; all of them before the first step, which has to find out."""
+        return list(self._buffer_versions if self._moving is None else self._moving)
 
     def _placed(self, micro: MicroBatch) -> MicroBatch:
         if self._device.type == "cpu":
