@@ -77,9 +77,9 @@ def output(run: Any, rank: int = 0) -> str:
 def serve() -> None:
     """Answer commands until the input ends."""
     import torch
+    import torch._dynamo
 
     import hpc_gen.stages.train  # noqa: F401 - warm
-    import torch._dynamo  # noqa: F401 - the optimizer imports it when it is made
 
     torch.set_num_threads(1)
     for line in sys.stdin:
