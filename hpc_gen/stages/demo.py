@@ -26,6 +26,7 @@ TWIN_IMAGES = 6_400  # the stretch over which the preempted run and its undistur
 PREEMPT_AT = 2_560  # images after which the demo has the run preempted
 DIGEST_IMAGES = 640
 DIGEST_RANKS = (1, 2, 4)
+TWIN_RANKS = 2
 DOWNLOADS = (("mnist", ("shards", "fetch", "mnist")), ("inception", ("weights", "fetch", "inception")))
 
 Printer = Callable[[str], None]
@@ -101,15 +102,16 @@ def _twin(demo: Demo) -> None:
     if _seen(demo.run_folder("-twin")) >= TWIN_IMAGES:
         demo.say(f"done already: {NAME}-twin stands at {TWIN_IMAGES} images")
         return
-    words = ("run", str(CONFIG), f"name={NAME}-twin", f"train.stop_at_images={TWIN_IMAGES}", "stages=[encode, train]")
-    demo.command(*words)
+    saves = (f"train.save_every={DIGEST_IMAGES}", f"train.keep_every={DIGEST_IMAGES}")  # the early ones serve step 3
+    stop = f"train.stop_at_images={TWIN_IMAGES}"
+    demo.command("run", str(CONFIG), f"name={NAME}-twin", stop, *saves, "stages=[encode, train]")
 
 
 def _digests(demo: Demo) -> dict[int, str]:
     demo.say(f"\n== 3. The same order and draws on any number of ranks: {DIGEST_IMAGES} images on 1, 2 and 4")
     found: dict[int, str] = {}
     for ranks in DIGEST_RANKS:
-        run = demo.run_folder(f"-ranks{ranks}")
+        run = demo.run_folder("-twin" if ranks == TWIN_RANKS else f"-ranks{ranks}")
         if _seen(run) >= DIGEST_IMAGES:
             demo.say(f"done already: {run.name} stands at {DIGEST_IMAGES} images")
         else:

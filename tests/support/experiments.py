@@ -19,7 +19,7 @@ import torch
 from hpc_gen.config import loader
 from hpc_gen.config.loader import Resolved
 from hpc_gen.data.write import write_table
-from hpc_gen.runtime import commit
+from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import ExitCode
 from hpc_gen.runtime.journal import history
 from hpc_gen.runtime.run_folder import RunFolder
@@ -108,6 +108,12 @@ def scratch_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin_anew() -> None:
+    """For a forked child: its own start is that of the process, not its parent's."""
+    clock.process_start.cache_clear()
+    clock._IMPORTED_AT = clock.now()
 
 
 def contents(folder: Path) -> dict[str, str]:

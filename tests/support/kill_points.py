@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import shutil
@@ -135,8 +136,8 @@ class Driver:
         """Never returns."""
         code = 99
         try:
-            sys.stdout = open(os.devnull, "w")
-            clock.process_start.cache_clear()  # ours, not the parent's
+            sys.stdout = io.StringIO()
+            experiments.begin_anew()
             commit.ops.observer = DurabilityLog(scratch, kill_at)
             code = int(run_train(run, found, self.folder, StopToken(run)))
         except BaseException:
@@ -190,6 +191,7 @@ class Driver:
             again = 1 + kill_at * 37 % 101
             operations = self.attempt(run, situation.end, kill_at=again)
             self.check(run, situation, operations, again)
+            clock.sleep(0.02)  # the kernel counts starts in hundredths of a second, and sweep goes by them
             if operations is not None and self.attempt(run, situation.end) is None:
                 self.check(run, situation, None, 0)
 
@@ -197,7 +199,9 @@ class Driver:
 
     def check(self, run: RunFolder, situation: Situation, operations: list[Operation] | None, kill_at: int) -> None:
         """Note everything that is not as it must be; `operations` None: the attempt ended by itself."""
-        where = f"{run.name}, killed before operation {kill_at}" if operations is not None else f"{run.name}, at its end"
+        where = (
+            f"{run.name}, killed before operation {kill_at}" if operations is not None else f"{run.name}, at its end"
+        )
         numbered = sorted(run.checkpoints.glob("[0-9]*")) if run.checkpoints.is_dir() else []
         newest = -1
         for path in numbered:

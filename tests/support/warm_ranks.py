@@ -111,7 +111,8 @@ def fork_ranks(command: dict[str, Any]) -> list[int]:
 
 def be_a_rank(command: dict[str, Any], rank: int, port: int) -> None:
     """The whole life of a rank; never returns."""
-    from hpc_gen.runtime import clock
+    import experiments
+
     from hpc_gen.runtime.run_folder import RunFolder
 
     code = 99
@@ -124,7 +125,7 @@ def be_a_rank(command: dict[str, Any], rank: int, port: int) -> None:
         if command["world_size"] > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=size, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=size)
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        clock.process_start.cache_clear()
+        experiments.begin_anew()
         code = train(run, command["overrides"], command["fault"], rank)
     except BaseException as error:
         traceback.print_exc()

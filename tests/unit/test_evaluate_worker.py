@@ -201,7 +201,7 @@ def test_nan_features_name_the_image(evaluated, monkeypatch):
     ("override", "message"),
     [
         ("evaluate.reference.rows=33", r"reference\.rows is 33, but tables/train has 32 rows; lower it"),
-        ("evaluate.extractor.name=inception-trunk", r"hpc-gen shards fetch inception"),
+        ("evaluate.extractor.name=inception-trunk", r"hpc-gen weights fetch inception"),
         ("evaluate.reference.table=tables/none", r"tables/none is not a folder"),
         ("evaluate.reference.table=tables/large", r"the samples are 8 x 8 pixels and the images of .* 16 x 16"),
         (

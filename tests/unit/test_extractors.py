@@ -105,7 +105,7 @@ def test_trunk_file_is_read_member_by_member(tmp_path, monkeypatch):
                 )
     path = tmp_path / "default_1.pt"
     path.write_bytes(content.getvalue())
-    with pytest.raises(DataError, match=r"is not default_1\.pt .* hpc-gen shards fetch inception"):
+    with pytest.raises(DataError, match=r"is not default_1\.pt .* hpc-gen weights fetch inception"):
         trunk.read(path)
     monkeypatch.setattr(trunk, "SHA256", hashlib.sha256(content.getvalue()).hexdigest())
     state = trunk.read(path)
@@ -117,7 +117,7 @@ def test_trunk_file_is_read_member_by_member(tmp_path, monkeypatch):
 
 
 def test_trunk_refuses_other_files_and_says_where_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"downloads/inception/default_1\.pt .*hpc-gen shards fetch inception"):
+    with pytest.raises(UserError, match=r"downloads/inception/default_1\.pt .*hpc-gen weights fetch inception"):
         extractors.spec("inception-trunk", None, None, tmp_path)
     (tmp_path / "downloads" / "inception").mkdir(parents=True)
     (tmp_path / trunk.LOCATION).write_bytes(b"\x80\x04not a model")
@@ -126,7 +126,7 @@ def test_trunk_refuses_other_files_and_says_where_to_get_it(tmp_path):
 
 
 @pytest.mark.skipif(
-    not REAL_FILE.is_file(), reason=f"{REAL_FILE} is absent; get it with: hpc-gen shards fetch inception"
+    not REAL_FILE.is_file(), reason=f"{REAL_FILE} is absent; get it with: hpc-gen weights fetch inception"
 )
 def test_trunk_equals_the_torchscript_itself():
     spec = extractors.spec("inception-trunk", None, None, env.workspace())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,14 +29,16 @@ class Manifest:
     facts: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of manifest.json."""
-        return {
+        """The content of manifest.json, with a hash of itself: nothing else tells of a bit flipped in `facts`."""
+        content = {
             "format": FORMAT,
             "images_seen": self.images_seen,
             "world_size": self.world_size,
             "files": {name: dict(self.files[name]) for name in sorted(self.files)},
             "facts": dict(self.facts),
         }
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return {**content, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}
 
 
 def read(folder: Path) -> Manifest:
@@ -66,6 +69,8 @@ def problems(folder: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     found: list[str] = []
+    if json.loads((folder / NAME).read_text()) != manifest.to_json():
+        found.append(f"{folder / NAME} does not have the SHA-256 that it was written with")
     if folder.name.isdigit() and int(folder.name) != manifest.images_seen:
         found.append(f"{folder} is named for {int(folder.name)} images but its manifest says {manifest.images_seen}")
     present = {path.name for path in folder.iterdir()} - {NAME}

@@ -153,34 +153,43 @@ def save(state: Mapping[str, Tensor], folder: Path, group: Any) -> dict[str, dic
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The parsed metadata of a verified checkpoint folder."""
-    raw = (folder / METADATA).read_bytes()
+    """The parsed metadata of a verified checkpoint folder: tensors by name. Raises CheckpointError on anything else."""
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{folder / METADATA} cannot be read ({error})") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{folder / METADATA} holds a {type(metadata).__name__}, not checkpoint metadata")
+        metadata = _MetadataUnpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{folder / METADATA} holds a {type(metadata).__name__}, not checkpoint metadata")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"{folder}: entry '{name}' is not a tensor; do not use this checkpoint")
+            if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.size, torch.Size):
+                raise CheckpointError(f"{folder}: entry '{name}' has no type or shape; do not use this checkpoint")
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{folder / METADATA} cannot be read ({error!r})") from error
     return metadata
 
 
 def keys(folder: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
     """Every tensor of a verified checkpoint: name -> (dtype, shape)."""
-    out: dict[str, tuple[torch.dtype, torch.Size]] = {}
-    for name, entry in read_metadata(folder).state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{folder}: entry '{name}' is not a tensor; do not use this checkpoint")
-        out[name] = (entry.properties.dtype, entry.size)
-    return out
+    entries = cast(dict[str, TensorStorageMetadata], read_metadata(folder).state_dict_metadata)
+    return {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
 
 
 def load(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a verified checkpoint whose names start with `prefix`, on the CPU, read by this process alone."""
+    """Tensors of a verified checkpoint whose names start with `prefix`, on the CPU, read by this process alone.
+
+    Raises CheckpointError when its parts do not fit together.
+    """
     wanted = {name: facts for name, facts in keys(folder).items() if name.startswith(prefix)}
     state: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in wanted.items()}
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     if state:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(cast(dict[str, Any], state), storage_reader=Reader(folder), planner=planner, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(cast(dict[str, Any], state), storage_reader=Reader(folder), planner=planner, no_dist=True)
+        except CheckpointException as error:  # a BaseException of torch's, which nobody above would expect
+            cause = error.failures[min(error.failures)][0]
+            raise CheckpointError(f"{folder} cannot be loaded ({cause!r}); choose another checkpoint") from error
     return state
