@@ -45,7 +45,7 @@ train:
 """
 # four buckets even at this size; micro-batches, so gradients are accumulated; clipping bites
 SMALL = experiments.TINY.replace("global_batch: 8", "global_batch: 16\n  micro_batch: 4").replace(
-    "  log_every: 16", "  engine: {bucket_mb: 0.02}\n  log_every: 16"
+    "  log_every: 16", "  engine: {bucket_mb: 0.005}\n  log_every: 16"
 )
 SIZES = (1, 2, 4)
 
