@@ -27,6 +27,7 @@ PREEMPT_AT = 2_560  # images after which the demo has the run preempted
 DIGEST_IMAGES = 640
 DIGEST_RANKS = (1, 2, 4)
 TWIN_RANKS = 2
+STAGES = "train,sample,evaluate,report"  # the twin has encoded the table that both train on
 DOWNLOADS = (("mnist", ("shards", "fetch", "mnist")), ("inception", ("weights", "fetch", "inception")))
 
 Printer = Callable[[str], None]
@@ -131,9 +132,9 @@ def _main_run(demo: Demo) -> None:
     if _was_preempted(run) or _seen(run) > PREEMPT_AT:
         if run.report.is_file():
             demo.say(f"done already: {run.path}; its stages say what they find")
-        demo.command("resume", str(run.path))
+        demo.command("resume", str(run.path), "--stages", STAGES)
         return
-    words = ("run", str(CONFIG))
+    words = ("run", str(CONFIG), "--stages", STAGES)
     process = demo.start(*words)
     while process.poll() is None and (_row_at(run) < PREEMPT_AT):
         clock.sleep(0.25)
@@ -142,7 +143,7 @@ def _main_run(demo: Demo) -> None:
         demo.command("preempt", str(run.path))
     demo.expected(process, words, (ExitCode.REQUEUE,))
     demo.say(f"-- preempted: exit code {int(ExitCode.REQUEUE)} (requeue), state saved at {_seen(run)} images")
-    demo.command("resume", str(run.path))
+    demo.command("resume", str(run.path), "--stages", STAGES)
 
 
 def _compare_with_twin(demo: Demo) -> dict[str, Any]:
