@@ -33,7 +33,7 @@ from hpc_gen.runtime.run_folder import RunFolder  # noqa: E402
 from hpc_gen.stages import run_setup  # noqa: E402
 
 SEED, WINDOW, RANKS = 2026, 128, 2
-TABLE = ROOT / "docs" / "proofs" / "resume_200_kills.md"
+TABLE = ROOT / "docs" / "proofs" / "resume_kills.md"
 
 
 def experiment(kills: int) -> str:
@@ -75,13 +75,13 @@ def done_kills(path: Path) -> list[killing.Kill]:
     return found
 
 
-def run_kills(work: Path, kills: int) -> list[killing.Kill]:
-    """All kills, those of earlier calls included; then the run comes to its end."""
+def run_kills(work: Path, kills: int, until: int) -> list[killing.Kill]:
+    """The first `until` of the planned kills, those of earlier calls included; then the run comes to its end."""
     record = work / "kills.jsonl"
     found = done_kills(record)
     run = make(work, "killed", kills)
-    progress = Progress(kills, "prove", "kills", start=len(found))
-    for number in range(len(found), kills):
+    progress = Progress(until, "prove", "kills", start=len(found))
+    for number in range(len(found), until):
         kill = killing.disturb(run, work, work / "killed.log", killing.plan(number, SEED, WINDOW, RANKS))
         problems = killing.broken(run)
         if problems:
@@ -130,7 +130,7 @@ def page(rows: list[list[str]], kills: int, equal: bool, identity: str, checkpoi
         f"- hardware: {os.cpu_count()} cores, {cpu.partition(':')[2].strip()}",
         f"- versions: Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}",
         f"- identity of the experiment: {identity}",
-        f"- command: `python tests/prove.py --kills {kills}` (`make prove`)",
+        f"- command: `{' '.join(['python', 'tests/prove.py', *sys.argv[1:]])}` (`make prove` makes 200)",
         "",
         "The kinds are drawn from a fixed seed: SIGKILL and SIGTERM, to one rank, to all, to the launcher; while training, "
         "while a checkpoint is being written, while starting. `images seen` is the last row in the journal at the kill; "
@@ -147,6 +147,7 @@ def main() -> int:
     """Run or go on with the proof; 0 when every checkpoint and row is equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--until", type=int, default=None, help="end after this many of them, and say so")
     parser.add_argument("--work", type=Path, default=ROOT / "prove", help="where a stopped proof goes on")
     parser.add_argument("--table", type=Path, default=None, help="page to write [docs/proofs, for 200 kills]")
     given = parser.parse_args()
@@ -155,7 +156,7 @@ def main() -> int:
         experiments.make_tables(work)
     undisturbed = make(work, "undisturbed", given.kills)
     killing.finish(undisturbed, work, work / "undisturbed.log")
-    kills = run_kills(work, given.kills)
+    kills = run_kills(work, given.kills, min(given.kills, given.until or given.kills))
     killed = RunFolder(work / "runs" / "killed")
     ours, theirs = killing.manifests(killed), killing.manifests(undisturbed)
     # a preempted attempt saves where it stands, so the killed run may hold more checkpoints than the other
@@ -167,7 +168,7 @@ def main() -> int:
     target = given.table or (TABLE if given.kills == 200 else None)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(rows, given.kills, equal, identity, len(theirs)))
+        target.write_text(page(rows, len(kills), equal, identity, len(theirs)))
         print(f"table: {target}")
     for row in rows[-10:]:
         print("  ".join(row))
