@@ -75,7 +75,7 @@ def _end(code: int) -> None:
 def demo(workspace: Workspace = None, dry_run: DryRun = False) -> None:
     """Everything once, here and now, on real images.
 
-    About six minutes on two cores, installation apart. Images become shards, a generator trains on two processes, is
+    Up to ten minutes on two cores, installation apart. Images become shards, a generator trains on two processes, is
     preempted and resumes exactly, samples are drawn and scored, a report is written. A second call repeats nothing.
     """
     from hpc_gen.stages import demo as steps

@@ -93,11 +93,6 @@ def type_method(
     return _resolved(experiment.model_copy(update=changes), sources, origin)
 
 
-def with_method(resolved: Resolved, config_class: type[BaseModel]) -> Resolved:
-    """`type_method` without sampler settings."""
-    return type_method(resolved, config_class)
-
-
 def with_changes(resolved: Resolved, changes: Mapping[str, Any]) -> Resolved:
     """A copy with keys replaced, as {"train.stop_at_images": 6400}; checked as if given on the command line."""
     tree = plain(resolved.experiment)

@@ -79,6 +79,7 @@ def test_a_closed_pipe_does_not_stop_the_work(fake: clock.FakeClock) -> None:
     progress = Progress(10, "train", stream=Closed())
     progress.update(10)
     progress.say("nobody hears this")
+    assert progress.done == 10
 
 
 def test_lines_of_their_own(fake: clock.FakeClock) -> None:
