@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 SUPPORT = Path(__file__).resolve().parent / "support"
@@ -38,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """One set of counts per test run; torch's checkpoint logger would fill pages under every failure."""
     logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
     config.stash[_counts] = Counts()
+    # The same examples in every run: what CI finds can be seen again, and a change is judged by what it changed.
+    hypothesis.settings.register_profile("fixed", derandomize=True)
+    hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

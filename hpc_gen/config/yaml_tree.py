@@ -41,6 +41,16 @@ for _tag, _pattern, _first in (
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 
+_LINE_BREAKS = re.compile("[\x85\u2028\u2029]")  # PyYAML writes them plainly and reads them back as a space
+
+
+def _write_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _LINE_BREAKS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
+
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Parse one YAML document that is a mapping.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -86,7 +86,9 @@ plain_values = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(plain_values)
+@given(plain_values | st.text("\x85\u2028\u2029\ufeff \n\t\\\"'#:-a0", max_size=8))
+@example("\x85")  # line breaks of Unicode that PyYAML once wrote plainly and read back as a space
+@example("a\u2028b\u2029")
 def test_what_is_dumped_is_read_back(value: object) -> None:
     text = yaml_tree.dump({"key": value})
     try:
