@@ -157,6 +157,10 @@ class GaussianDiffusion:
         signal = self._at("sqrt_alphas_cumprod", t_B, x0)
         return signal * x0 + self._at("sqrt_one_minus_alphas_cumprod", t_B, x0) * noise
 
+    def signal_scale(self, t_B: Tensor, like: Tensor) -> Tensor:
+        """sqrt(alpha_bar) at each sample's index, shaped [B, 1, ...] to multiply `like`."""
+        return self._at("sqrt_alphas_cumprod", t_B, like)
+
     def predict_x0(self, x_t: Tensor, index: int, epsilon: Tensor) -> Tensor:
         """The clean sample that `epsilon` implies at one index for the whole batch (eq. 15 of 2006.11239)."""
         return (

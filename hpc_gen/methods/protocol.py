@@ -78,10 +78,51 @@ class ParallelPlan:
 
 @dataclass(frozen=True)
 class TableFacts:
-    """What a method may know of the training table when it is built: classes and the shape of each column."""
+    """What a method may know of the training table when it is built.
+
+    Classes, dtype and shape of each column, and the identity of the tokenizer that made it (nn.posterior.LatentScale
+    reads the scale of its latents from there).
+    """
 
     num_classes: int = 0
     columns: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Something a sampler measured along its way: entry i was observed `counts[i]` times and adds up to `sums[i]`.
+
+    Sums and counts of batches, blocks and tasks add up, so a curve does not depend on how the images were cut.
+    """
+
+    sums: tuple[float, ...]
+    counts: tuple[float, ...]
+
+    def added(self, other: Curve) -> Curve:
+        """The curve of both; the shorter one counts as never observed beyond its end."""
+        size = max(len(self.sums), len(other.sums))
+
+        def padded(values: tuple[float, ...]) -> tuple[float, ...]:
+            return values + (0.0,) * (size - len(values))
+
+        return Curve(
+            tuple(a + b for a, b in zip(padded(self.sums), padded(other.sums), strict=True)),
+            tuple(a + b for a, b in zip(padded(self.counts), padded(other.counts), strict=True)),
+        )
+
+    def means(self) -> list[float | None]:
+        """Mean of each entry; None where nothing was observed."""
+        return [total / count if count else None for total, count in zip(self.sums, self.counts, strict=True)]
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """An optional part of a method: what its sampler measured besides the images (energies, accept rates)."""
+
+    def take_curves(self) -> dict[str, Curve]:
+        """Curves by name since the last call, which are forgotten by it."""
+        ...
 
 
 class Conditioning(Protocol):
@@ -125,7 +166,11 @@ class Method(Protocol):
         ...
 
     def objective(self, turn: Turn, batch: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> Losses:
-        """Loss terms of a micro-batch; networks are in train mode; other roles have requires_grad off."""
+        """Loss terms of a micro-batch; networks are in train mode; other roles have requires_grad off.
+
+        Validation calls it under no_grad with networks in eval mode: one that differentiates inside enables gradients
+        for that by itself (and keeps the graph only where they were enabled outside).
+        """
         ...
 
     def columns(self) -> dict[str, ColumnSpec]:

@@ -11,24 +11,15 @@ from fnmatch import fnmatchcase
 from golden_files import Case, OfficialModel
 from golden_handling import has_method_folder
 
-ENERGY = "the energy variant comes with issue 3"
 VAE = "tokenizers/kl_vae comes with issue 3"
 
 # (METHOD, name of the case, reason)
 CASES: list[tuple[str, str, str]] = [
-    ("energy", "pd_forward_energy*", ENERGY),
-    ("energy", "pd_loss_energy*", ENERGY),
-    ("energy", "pd_loss_contrastive*", ENERGY),
-    ("energy", "pd_loss_refinement*", ENERGY),
-    ("energy", "pd_loss_total*", ENERGY),
-    ("energy", "pd_opt_step*", ENERGY),
-    ("energy", "pd_sample_energy*", ENERGY),
     ("energy", "vae_small*", VAE),
 ]
 
 # (METHOD, name of the official model, reason)
 OFFICIAL: list[tuple[str, str, str]] = [
-    ("energy", "pure_diffusion_*_energy_*", ENERGY),
     ("energy", "mar_*", "the MAR family is an issue of its own"),
     ("energy", "kl16_vae*", VAE),
 ]

@@ -14,21 +14,31 @@ import numpy as np
 import torch
 from golden_compare import Produced
 from golden_files import Case, GoldenError, OfficialModel
-from golden_handling import ModelFacts, NotHandled, handles, handles_official
+from golden_handling import ModelFacts, handles, handles_official
 from torch import Tensor
 
 from hpc_gen.diffusion.gaussian import GaussianDiffusion, linear_betas, named_betas
-from hpc_gen.methods.energy.config import EnergyConfig, SamplingSettings
-from hpc_gen.methods.energy.objective import EnergyDiffusion
-from hpc_gen.methods.energy.recipe import ENTRY, SIZES, decay_groups
-from hpc_gen.methods.energy.sampler import (
+from hpc_gen.methods.energy.config import EnergyConfig, EnergyHeadConfig, SamplingSettings
+from hpc_gen.methods.energy.inner import (
     INNER_STEPS_SAMPLING,
     INNER_STEPS_TRAINING,
-    evaluation_layout,
-    guided,
-    inner_clamp,
-    inner_step_count,
+    Descent,
+    InnerTrace,
+    descend,
+    descend_with_graph,
+    inner_step_counts,
+    signal_bound,
 )
+from hpc_gen.methods.energy.losses import (
+    contrastive_errors,
+    landscape_of,
+    negatives,
+    refinement_errors,
+    refinement_path,
+)
+from hpc_gen.methods.energy.objective import EnergyDiffusion
+from hpc_gen.methods.energy.recipe import ENTRY, SIZES, decay_groups
+from hpc_gen.methods.energy.sampler import evaluation_layout, guided
 from hpc_gen.methods.energy.weights import import_flat, official_list
 from hpc_gen.methods.protocol import TableFacts
 from hpc_gen.runtime.randomness import Draw
@@ -40,15 +50,15 @@ def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
 
 
-def _config(case: Case, parameters: Mapping[str, Tensor]) -> EnergyConfig:
-    """The method's config from the neutral words of the case; NotHandled for the variant we do not have."""
+def _config(case: Case, parameters: Mapping[str, Tensor], batch: int = 1) -> EnergyConfig:
+    """The method's config from the neutral words of the case; losses are coupled over a whole `batch`, as there."""
     neutral: dict[str, Any] = case.record["config"]["neutral"]
     reference: dict[str, Any] = case.record["config"].get("reference", {})
-    if neutral.get("use_energy"):
-        raise NotHandled("variant energy is not in hpc_gen.methods.energy yet")
     # The reference picks its patch size by model name and ignores the option, so the weights know it best.
     patch_size = neutral.get("patch_size", parameters["dit.x_embedder.proj.weight"].shape[-1])
     return EnergyConfig(
+        variant="energy" if neutral.get("use_energy") else "standard",
+        energy=_head(neutral, case.record, batch) if neutral.get("use_energy") else EnergyHeadConfig(),
         input="latents",
         image_size=neutral["latent"],
         tokenizer_stride=1,
@@ -63,10 +73,33 @@ def _config(case: Case, parameters: Mapping[str, Tensor]) -> EnergyConfig:
     )
 
 
+def _head(neutral: Mapping[str, Any], record: Mapping[str, Any], batch: int) -> EnergyHeadConfig:
+    """The energy variant as the reference has it: its clamp, its refinement loss, whole batches as groups."""
+    learnable = neutral.get("learnable_mcmc_step_size", False)
+    supervised = neutral.get("supervise_energy_landscape", False)
+    # The reference's contrast walks with its step size when that is learnable, else with a constant.
+    contrastive_step = None if learnable else record.get("step_size", 0.01)
+    inner = neutral.get("use_innerloop_opt", False)
+    return EnergyHeadConfig(
+        grad_multiplier=neutral.get("energy_gradient_multiplier", 1.0),
+        linear_then_mean=neutral.get("linear_then_mean", False),
+        step_size=neutral.get("mcmc_step_size", 0.01),
+        learnable_step_size=learnable,
+        refinement_weight=neutral.get("mcmc_refinement_loss_scale", 0.1),
+        refinement="reference",
+        contrastive_weight=neutral.get("contrasive_loss_scale", 0.05) if supervised else 0.0,
+        contrastive_step_size=contrastive_step,
+        always_accept=inner and neutral.get("always_accept_opt_steps", False),
+        inner_clamp="signal",
+        step_group=batch,
+    )
+
+
 def _method(case: Case, tensors: Mapping[str, Tensor]) -> EnergyDiffusion:
     """The method with the case's weights: built on the meta device, materialised, loaded with strict keys."""
     parameters = _parameters(tensors)
-    method = ENTRY.build(_config(case, parameters), TableFacts())
+    batch = len(next((tensors[name] for name in ("in.x0", "in.x", "in.y") if name in tensors), [0]))
+    method = ENTRY.build(_config(case, parameters, batch), TableFacts())
     assert isinstance(method, EnergyDiffusion)
     method.model.to_empty(device="cpu")
     import_flat(method.model, parameters, source=str(case.json_path.with_suffix(".safetensors")))
@@ -80,14 +113,20 @@ def _gradients(method: EnergyDiffusion) -> dict[str, Tensor]:
 
 @handles("energy", "pd_forward")
 def pd_forward(case: Case) -> Produced:
-    """Noise prediction, gradients of its mean square, and guidance on 3 and on all channels."""
+    """Noise prediction, energy, gradients of the prediction's mean square, guidance on 3 and on all channels."""
     tensors = case.tensors()
     method = _method(case, tensors)
     x = tensors["in.x"].clone().requires_grad_()
-    epsilon = method.model(x, tensors["in.t"], tensors["in.y"])
+    energies: dict[str, Tensor] = {}
+    if method.config.variant == "energy":
+        energy, epsilon = method.model.energy_and_noise(x, tensors["in.t"], tensors["in.y"])
+        alone = method.model.energy(tensors["in.x"], tensors["in.t"], tensors["in.y"])
+        energies = {"out.energy": energy[:, None], "out.energy_only": alone[:, None]}
+    else:
+        epsilon = method.model(x, tensors["in.t"], tensors["in.y"])
     mean_square = epsilon.square().mean()
     mean_square.backward()
-    out = {"out.eps": epsilon, "out.mean_sq": mean_square, "grad.in.x": x.grad, **_gradients(method)}
+    out = {**energies, "out.eps": epsilon, "out.mean_sq": mean_square, "grad.in.x": x.grad, **_gradients(method)}
     if "in.cfg_x" in tensors:
         with torch.no_grad():
             raw = method.model(tensors["in.cfg_x"], tensors["in.cfg_t"], tensors["in.cfg_y"])
@@ -136,9 +175,90 @@ class CaseDraws:
         return value
 
 
-@handles("energy", "pd_sample_std", "pd_sample_std_cfg")
+@handles("energy", "pd_loss_contrastive")
+def pd_loss_contrastive(case: Case) -> Produced:
+    """The negatives' chain, the contrast, and its gradients."""
+    tensors = case.tensors()
+    method = _method(case, tensors)
+    config = method.config.energy
+    names = ("x0", "t", "y", "noise", "neg_perturbation")
+    arguments: Any = (method.model, method.diffusion, config, *(tensors[f"in.{name}"] for name in names))
+    steps = inner_step_counts(tensors["in.t"], method.diffusion.num_timesteps, INNER_STEPS_SAMPLING, config.step_group)
+    if steps.tolist() != [case.record["steps"]] * len(steps):
+        raise AssertionError(f"the chain makes {steps.tolist()} steps, the reference makes {case.record['steps']}")
+    start, walked = negatives(*arguments)
+    per_sample = contrastive_errors(*arguments)
+    per_sample.mean().backward()
+    out = {"out.x_neg_noisy": start, "out.x_neg_opt": walked, "out.loss_per_sample": per_sample}
+    return Produced({**out, "out.loss": per_sample.mean(), **_gradients(method)})
+
+
+@handles("energy", "pd_loss_refinement")
+def pd_loss_refinement(case: Case) -> Produced:
+    """The walk with its graph, the refinement loss, and its gradients (the step size's among them)."""
+    tensors = case.tensors()
+    method = _method(case, tensors)
+    config = method.config.energy
+    x0, t, y, noise = (tensors[f"in.{name}"] for name in ("x0", "t", "y", "noise"))
+    start, refined, energies = refinement_path(method.model, method.diffusion, config, x0, t, y, noise)
+    counts = inner_step_counts(t, method.diffusion.num_timesteps, INNER_STEPS_TRAINING, config.step_group)
+    (loss,) = refinement_errors(energies, counts, config)
+    loss.backward()
+    out = {"out.x_noisy": start, "out.x_refined": refined, "out.energy_trajectory": energies[..., None]}
+    return Produced({**out, "out.loss": loss, **_gradients(method)})
+
+
+@handles("energy", "pd_loss_total")
+def pd_loss_total(case: Case) -> Produced:
+    """The whole training loss through the method's objective, weighted as the engine weights it."""
+    tensors = case.tensors()
+    method = _method(case, tensors)
+    order = ("t", "noise", "contrastive_noise", "perturbation", "refinement_noise")
+    drawn = sorted(name for name in tensors if name.startswith("in.draw_"))
+    draws = {name: tensors[given] for name, given in zip(order, drawn, strict=True)}
+    draws["drop"] = torch.ones(len(draws["t"]))  # a draw of 1 drops no label
+    turn = method.turns(0, 0)[TURN]
+    if {*method.draws(turn)} != {*draws}:
+        raise AssertionError(f"the method draws {sorted(method.draws(turn))}, the case has {sorted(draws)}")
+    batch = {"latents": tensors["in.x0"], "labels": tensors["in.y"]}
+    counts, terms = method.counts(turn, batch, draws), method.objective(turn, batch, draws).terms
+    means = {name: term.sum / counts[name] for name, term in terms.items()}
+    total = torch.stack([terms[name].weight * mean for name, mean in means.items()]).sum()
+    total.backward()
+    names = {"mse": "mse_loss", "contrastive": "energy_loss", "refinement": "opt_refinement_loss"}
+    parts = {f"out.{theirs}": means[ours] for ours, theirs in names.items()}
+    return Produced({"out.total_loss": total, **parts, **_gradients(method)})
+
+
+@handles("energy", "pd_opt_step")
+def pd_opt_step(case: Case) -> Produced:
+    """The inner loop: with the acceptance test, without it, and uphill; step counts and what the test counts."""
+    tensors = case.tensors()
+    method = _method(case, tensors)
+    x, t, y = (tensors[f"in.{name}"] for name in ("x", "t", "y"))
+    landscape, bound = landscape_of(method.model, t, y), signal_bound(method.diffusion, t, x)
+    size = method.model.alpha
+    out = {}
+    for suffix, always in (("", False), ("_always", True)):
+        trace = InnerTrace()
+        counts = torch.full_like(t, case.record["steps"])
+        out[f"out.x{suffix}"] = descend(landscape, x, counts, Descent(size, always), bound=bound, trace=trace)
+        out[f"out.accepted{suffix}"] = torch.tensor(int(trace.accepted))
+        out[f"out.total{suffix}"] = torch.tensor(int(trace.tested))
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"out\.energy_trajectory_(\d+)_always", name):
+            counts = torch.full_like(t, int(match[1]))
+            with torch.no_grad():
+                out[name] = descend_with_graph(landscape, x, counts, Descent(size), bound=bound)[1].view_as(value)
+        elif match := re.fullmatch(r"out\.x_ascent_(\d+)_always", name):
+            counts = torch.full_like(t, int(match[1]))
+            out[name] = descend(landscape, x, counts, Descent(size, True, uphill=True), bound=bound)
+    return Produced(out)
+
+
+@handles("energy", "pd_sample_std", "pd_sample_std_cfg", "pd_sample_energy", "pd_sample_energy_mcmc")
 def pd_sample(case: Case) -> Produced:
-    """The respaced ancestral chain, guided when the case has a scale: every state and the result."""
+    """The respaced ancestral chain, guided when the case has a scale, with the inner loop where the case has it."""
     tensors = case.tensors()
     neutral = case.record["config"]["neutral"]
     method = _method(case, tensors)
@@ -146,6 +266,10 @@ def pd_sample(case: Case) -> Produced:
         steps=neutral["steps"],
         guidance=neutral.get("cfg_scale", 1.0),
         clip_denoised=neutral.get("clip_denoised", True),
+        inner_loop=neutral.get("use_innerloop_opt", False) and neutral.get("use_energy", False),
+        inner_t="index",
+        inner_clamp="signal",
+        always_accept=neutral.get("always_accept_opt_steps", False),
     )
     if "in.timestep_map" in tensors:
         ours, theirs = (
@@ -157,9 +281,14 @@ def pd_sample(case: Case) -> Produced:
     polls: list[int] = []
     arguments: Any = ({"labels": tensors["in.y"]}, CaseDraws(tensors), settings, lambda: polls.append(1))
     states = list(method.trajectory(*arguments))
-    if len(polls) != len(states):
+    if len(polls) < len(states):
         raise AssertionError(f"the sampler polled {len(polls)} times in {len(states)} steps")
-    return Produced({"out.trajectory": torch.stack(states), "out.sample": method.generate(*arguments)})
+    curves = method.take_curves()
+    out = {"out.trajectory": torch.stack(states), "out.sample": method.generate(*arguments)}
+    if "energy_accept_rate" in curves:
+        rate = curves["energy_accept_rate"]
+        out["out.accepted"], out["out.total"] = torch.tensor(int(rate.sums[0])), torch.tensor(int(rate.counts[0]))
+    return Produced(out)
 
 
 @handles("energy", "diffusion_tables")
@@ -191,9 +320,10 @@ def schedules_misc(case: Case) -> Produced:
         num_timesteps = config["adaptive"]["T"]
         t = tensors["in.adaptive.t"]
         for name, base in (("sampling", INNER_STEPS_SAMPLING), ("training", INNER_STEPS_TRAINING)):
-            counts = [inner_step_count(one, num_timesteps, base) for one in t.view(-1, 1)]
-            out[f"out.adaptive.{name}"] = torch.tensor(counts).view(t.shape)
-        out["out.opt_clamp"] = torch.from_numpy(inner_clamp(GaussianDiffusion(linear_betas(num_timesteps))))
+            out[f"out.adaptive.{name}"] = inner_step_counts(t.view(-1), num_timesteps, base, group=1).view(t.shape)
+        diffusion = GaussianDiffusion(linear_betas(num_timesteps))
+        every_t = torch.arange(num_timesteps)
+        out["out.opt_clamp"] = signal_bound(diffusion, every_t, torch.zeros(1, dtype=torch.float64))
     groups = case.record.get("weight_decay_groups", {})
     return Produced(out, {"weight_decay_groups": {name: _regrouped(listed, config) for name, listed in groups.items()}})
 
@@ -292,13 +422,18 @@ def crop_resize(case: Case) -> Produced:
 def pure_diffusion(model: OfficialModel) -> ModelFacts:
     """A published size on KL16 latents (stride 16, 16 channels, 1000 ImageNet classes) at the record's image size."""
     config = model.record["config"]
-    if config.get("use_energy"):
-        raise NotHandled("variant energy is not in hpc_gen.methods.energy yet")
     size = model.name.split("_")[2]
     if size not in SIZES:
         raise GoldenError(f"'{model.name}' names size '{size}', known sizes: {', '.join(SIZES)}")
     ours = official_list(
-        EnergyConfig(input="latents", image_size=config["img_size"], channels=16, **SIZES[size]),
+        EnergyConfig(
+            variant="energy" if config.get("use_energy") else "standard",
+            energy=EnergyHeadConfig(learnable_step_size=config.get("learnable_mcmc_step_size", False)),
+            input="latents",
+            image_size=config["img_size"],
+            channels=16,
+            **SIZES[size],
+        ),
         num_classes=config.get("num_classes", 1000),
     )
     return ModelFacts(ours.state_dict, ours.buffers, ours.frozen, ours.num_params, ours.num_trainable)

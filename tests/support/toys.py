@@ -121,8 +121,10 @@ class TwoPlayer(_Toy):
                 fake_images = self._images(draws["z"])
             fake = F.softplus(self.discriminator(fake_images)).sum()
             return Losses({"fake": Term(fake, size), "real": Term(F.softplus(-self.discriminator(real)).sum(), size)})
-        real.requires_grad_(True)
-        (slope,) = torch.autograd.grad(self.discriminator(real).sum(), real, create_graph=True)
+        keep = torch.is_grad_enabled()  # validation calls without gradients, and this turn needs one inside
+        with torch.enable_grad():
+            real.requires_grad_(True)
+            (slope,) = torch.autograd.grad(self.discriminator(real).sum(), real, create_graph=keep)
         return Losses({"penalty": Term(slope.square().sum(), size, weight=0.5)})
 
     def _images(self, z: Tensor) -> Tensor:

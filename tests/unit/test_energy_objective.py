@@ -78,7 +78,7 @@ def test_sizes_that_do_not_fit_name_their_key(change: dict[str, Any], key: str) 
 
 @pytest.mark.parametrize(
     "change",
-    [{"variant": "energy"}, {"label_dropout": 1.0}, {"diffusion_timesteps": 20}, {"depth": 0}, {"width": 3}],
+    [{"variant": "other"}, {"label_dropout": 1.0}, {"diffusion_timesteps": 20}, {"depth": 0}, {"width": 3}],
 )
 def test_values_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

@@ -18,8 +18,6 @@ from hpc_gen.methods.energy.sampler import (
     ancestral_steps,
     evaluation_layout,
     guided,
-    inner_clamp,
-    inner_step_count,
     to_images,
 )
 from hpc_gen.methods.protocol import TableFacts
@@ -255,16 +253,6 @@ def test_pixels_that_are_no_numbers_are_not_turned_into_images() -> None:
 def test_images_are_clipped_and_rounded() -> None:
     values = torch.tensor([-1.5, -1.0, 0.0, 0.9999, 1.0, 7.0]).view(1, 1, 1, 6)
     assert to_images(values)[0, 1, 0].tolist() == [0, 0, 128, 255, 255, 255]
-
-
-def test_inner_loop_formulas() -> None:
-    assert [inner_step_count(torch.tensor([t]), 500, 5) for t in (0, 49, 50, 250, 499)] == [5, 5, 6, 10, 10]
-    assert [inner_step_count(torch.tensor([t]), 500, 2) for t in (0, 250, 499)] == [2, 4, 5]
-    assert inner_step_count(torch.tensor([0, 100]), 500, 5) == 6  # the batch mean decides
-    clamp = inner_clamp(GaussianDiffusion(linear_betas(500)))
-    expected = {0: 2.000, 100: 1.618, 200: 0.876, 300: 0.316, 499: 0.0123}
-    for t, value in expected.items():
-        assert clamp[t] == pytest.approx(value, abs=1e-3)
 
 
 def test_reference_evaluation_layout() -> None:

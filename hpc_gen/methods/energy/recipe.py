@@ -23,7 +23,8 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 # What the column of each `method.input` may hold.
-COLUMN_DTYPES: dict[str, tuple[str, ...]] = {"pixels": ("uint8",), "latents": ("float16", "float32")}
+_FLOATS = ("float16", "float32")
+COLUMN_DTYPES: dict[str, tuple[str, ...]] = {"pixels": ("uint8",), "latents": _FLOATS, "moments": _FLOATS}
 
 
 @dataclass(frozen=True)
@@ -86,23 +87,24 @@ def check_table(config: EnergyConfig, facts: TableFacts) -> None:
             f"column '{config.column}' of the training table holds {dtype}, but method.input = '{config.input}' needs "
             f"{' or '.join(COLUMN_DTYPES[config.input])}; encode the table anew"
         )
-    if tuple(shape) == config.input_shape:
+    if tuple(shape) == config.row_shape:
         return
     wanted = f"method.image_size = {config.image_size} and method.channels = {config.channels}"
-    if config.input == "latents":
+    if config.input != "pixels":
         wanted += f" with method.tokenizer_stride = {config.tokenizer_stride}"
     raise UserError(
         f"column '{config.column}' of the training table has rows of shape {list(shape)}, but {wanted} need "
-        f"{list(config.input_shape)}; change these keys or encode the table anew"
+        f"{list(config.row_shape)}; change these keys or encode the table anew"
     )
 
 
 def build(config: EnergyConfig, facts: TableFacts) -> Method:
     """The method on the meta device; UserError when the config does not fit the training table."""
     from hpc_gen.methods.energy.objective import EnergyDiffusion
+    from hpc_gen.nn.posterior import LatentScale
 
     check_table(config, facts)
-    return EnergyDiffusion(config, num_classes(config, facts))
+    return EnergyDiffusion(config, num_classes(config, facts), LatentScale.of(facts.tokenizer))
 
 
 ENTRY = MethodEntry(config=EnergyConfig, settings=SamplingSettings, build=build)

@@ -1,4 +1,4 @@
-"""The respaced ancestral sampler, guidance, and the small formulas of the reference's inner loop and evaluation.
+"""The respaced ancestral sampler, guidance of noise and of energies, and the layout of the reference's evaluation.
 
 Facts: specs/energy.md sections 4 to 6. Shapes: B batch, [B, C, S, S] samples.
 """
@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_gen.diffusion.gaussian import GaussianDiffusion, Table
-
-# Base counts of inner steps before they are stretched by the noise level (specs/energy.md section 5.1).
-INNER_STEPS_SAMPLING = 5
-INNER_STEPS_TRAINING = 2
-INNER_STEPS_LIMIT = 10
+from hpc_gen.diffusion.gaussian import GaussianDiffusion
+from hpc_gen.methods.energy.config import SamplingSettings
+from hpc_gen.methods.energy.inner import (
+    INNER_STEPS_SAMPLING,
+    Descent,
+    InnerTrace,
+    Landscape,
+    descend,
+    inner_step_counts,
+    signal_bound,
+)
+from hpc_gen.methods.energy.losses import landscape_of
+from hpc_gen.methods.energy.model import PureDiffusion
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,6 +49,73 @@ def guided_prediction(network: Callable[..., Tensor], y_B: Tensor, null_class: i
     return predict
 
 
+def guided_landscape(model: PureDiffusion, t_B: Tensor, y_B: Tensor, null_class: int, scale: float) -> Landscape:
+    """The energy E(null) + w (E(class) - E(null)), whose gradient is the guided noise; that of the class at w = 1.
+
+    Deliberate deviation: the reference leaves the inner loop out wherever there is guidance.
+    """
+    if scale == 1.0:
+        return landscape_of(model, t_B, y_B)
+    both = landscape_of(model, torch.cat([t_B, t_B]), torch.cat([y_B, torch.full_like(y_B, null_class)]))
+
+    def energy(x: Tensor) -> Tensor:
+        return guided(*both.energy(torch.cat([x, x])).chunk(2), scale)
+
+    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        energy_2B, noise = both.slope(torch.cat([x, x]))
+        return guided(*energy_2B.chunk(2), scale), guided(*noise.chunk(2), scale)
+
+    return Landscape(energy, slope)
+
+
+class InnerLoop:
+    """Descends on the energy after each ancestral step, as the sampler settings say (specs/energy.md section 6)."""
+
+    def __init__(
+        self,
+        model: PureDiffusion,
+        diffusion: GaussianDiffusion,
+        chain: GaussianDiffusion,
+        y_B: Tensor,
+        null_class: int,
+        settings: SamplingSettings,
+        trace: InnerTrace,
+    ) -> None:
+        """`diffusion` is the full chain that timesteps refer to, `chain` the respaced one that is walked."""
+        self._model, self._diffusion, self._chain = model, diffusion, chain
+        self._y_B, self._null_class, self._settings, self._trace = y_B, null_class, settings, trace
+        size = settings.inner_step_size
+        self._descent = Descent(model.alpha if size is None else size, always_accept=settings.always_accept)
+
+    def __call__(self, x: Tensor, index: int, poll: Callable[[], None]) -> Tensor:
+        """The samples [B, C, S, S] that the step at `index` has led to, moved downhill."""
+        t = self._timestep(index)
+        if t is None:
+            return x
+        t_B = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        if self._settings.inner_steps is not None:
+            counts_B = torch.full_like(t_B, self._settings.inner_steps)
+        else:
+            counts_B = inner_step_counts(t_B, self._diffusion.num_timesteps, INNER_STEPS_SAMPLING, group=1)
+        return descend(
+            guided_landscape(self._model, t_B, self._y_B, self._null_class, self._settings.guidance),
+            x,
+            counts_B,
+            self._descent,
+            bound=signal_bound(self._diffusion, t_B, x) if self._settings.inner_clamp == "signal" else None,
+            trace=self._trace,
+            poll=poll,
+        )
+
+    def _timestep(self, index: int) -> int | None:
+        """Timestep of the full chain that the inner loop is told after the step at `index`; None: no loop."""
+        if self._settings.inner_t == "index":
+            return index
+        if self._settings.inner_t == "mapped":
+            return self._chain.timestep_map[index]
+        return self._chain.timestep_map[index - 1] if index else None  # a clean sample has no level
+
+
 def ancestral_steps(
     predict: Predict,
     chain: GaussianDiffusion,
@@ -51,11 +124,13 @@ def ancestral_steps(
     *,
     clip: float | None,
     poll: Callable[[], None],
+    after_step: Callable[[Tensor, int, Callable[[], None]], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Walk a (respaced) chain down from the noise `x`, yielding the sample after each step; the last is the result.
 
     `step_noise(k)` gives the noise of the k-th executed step and is not asked for the last, which adds none. `clip`
-    bounds the predicted clean sample. `poll` is called before each step and may raise StopRequested.
+    bounds the predicted clean sample. `poll` is called before each step and may raise StopRequested. `after_step(x,
+    index, poll)` may move the samples after each step.
     """
     for k, index in enumerate(reversed(range(chain.num_timesteps))):
         poll()
@@ -67,6 +142,8 @@ def ancestral_steps(
         x = chain.posterior_mean(x0, x, index)
         if index:
             x = x + chain.posterior_std(index) * step_noise(k).to(x)
+        if after_step is not None:
+            x = after_step(x, index, poll)
         yield x
 
 
@@ -74,20 +151,6 @@ def to_images(x: Tensor) -> Tensor:
     """Pixels in [-1, 1], float [N, 1 or 3, H, W], to uint8 [N, 3, H, W]: clipped, rounded, grey repeated."""
     images = ((x.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
     return images.expand(-1, 3, -1, -1).contiguous() if images.shape[1] == 1 else images
-
-
-def inner_step_count(t: Tensor, num_timesteps: int, base: int) -> int:
-    """Steps of the inner loop for a batch at timesteps `t`: int(base (1 + 2 mean(t) / T)), within 1 and 10.
-
-    Computed in float32 like the reference, because int() sits on exact boundaries (T = 500, t = 50 gives 6).
-    """
-    stretch = 1.0 + 2.0 * (t.float().mean() / num_timesteps)
-    return max(1, min(int(base * stretch), INNER_STEPS_LIMIT))
-
-
-def inner_clamp(diffusion: GaussianDiffusion) -> Table:
-    """Largest absolute value the reference's inner loop allows at each timestep: 2 sqrt(alpha_bar), float64 [T]."""
-    return 2.0 * np.sqrt(diffusion.alphas_cumprod)
 
 
 def evaluation_layout(

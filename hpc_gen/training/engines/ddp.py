@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,20 +106,19 @@ class DdpEngine:
             optimizer.step(lr * turn.lr_scale)
         return StepResult(losses=means, total=loss, grad_norm=grad_norm, finite=finite)
 
-    def evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+    def evaluate(self, turn: Turn, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
         """Global mean of each term and their weighted total `loss`; a rank without rows passes no micro-batch."""
         for module in self._modules.values():
             module.eval()  # no forward may move a buffer here, or ranks would part; step() puts them back
-        inside = self._method.parallel_plan(turn.role).differentiates_inside
-        with torch.set_grad_enabled(inside):  # a loss that differentiates inside its forward needs a graph even here
+        with torch.no_grad():
             return self._evaluate(turn, micro_batches)
 
-    def _evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        placed = [self._placed(micro) for micro in micro_batches]
+    def _evaluate(self, turn: Turn, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
         counts: dict[str, float] = {}
         weights: dict[str, float] = {}
-        for batch, draws in placed:
+        for micro in micro_batches:  # one at a time: a validation set need not fit into memory
+            batch, draws = self._placed(micro)
             for name, count in self._method.counts(turn, batch, draws).items():
                 counts[name] = counts.get(name, 0.0) + count
             with autocast(self._device, self._config.precision):
