@@ -128,8 +128,10 @@ def _vertical(values: Sequence[float]) -> _Axis:
     return _Axis(low, high + (high - low) * 0.04, bottom, top)
 
 
-def line_chart(title: str, unit: str, series: Sequence[Series], marks: Sequence[Mark] = ()) -> str:
-    """An SVG figure of lines over images seen; `unit` names the vertical axis. Empty text when nothing is finite."""
+def line_chart(
+    title: str, unit: str, series: Sequence[Series], marks: Sequence[Mark] = (), over: str = "images seen"
+) -> str:
+    """An SVG figure of lines; `unit` names the vertical axis, `over` the other. Empty text when nothing is finite."""
     thinned = [Series(line.name, thin(line.points)) for line in series]
     values = [value for line in thinned for _, value in line.points if math.isfinite(value)]
     places = [at for line in thinned for at, _ in line.points]
@@ -139,7 +141,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], marks: Sequence[
     x = _Axis(0.0, max(*places, 1.0), float(LEFT), float(WIDTH - RIGHT))
     said = "; ".join(f"{line.name} ends at {label(_last(line.points))}" for line in thinned)
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over images seen: '
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over {escape(over)}: '
         f'{escape(said)}">'
     ]
     for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
@@ -153,7 +155,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], marks: Sequence[
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     scale = f"{unit}, log" if y.log else unit
-    parts.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">images seen</text>')
+    parts.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(over)}</text>')
     parts.append(f'<text class="unit" x="{LEFT}" y="{HEIGHT - 6}">{escape(scale)}</text>')
     for mark in marks:
         at = x.place(mark.x)

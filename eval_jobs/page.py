@@ -34,6 +34,11 @@ METRIC_TITLES = {
     "recall": ("Recall", "higher is better"),
     "isc": ("Inception score", "higher is better"),
 }
+# What samplers measure: (title, unit, horizontal axis); others are shown by their names.
+CURVE_TITLES = {
+    "inner_energy_change": ("Energy along the inner loop, less its start", "energy", "inner steps"),
+    "energy_accept_rate": ("inner steps accepted", "share", ""),
+}
 CHART_UNITS = {"learning_rate": ("Learning rate", "per step"), "grad_norm": ("Gradient norm", "L2 norm")}
 
 
@@ -127,10 +132,25 @@ def _samples(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
     for path in folders:
         try:
             index = read_index(path.parent)
-            found.append({"tag": path.parent.name, "picture": _grid(index), "plan": _plan(index)})
+            charts, single = _curves(index)
+            plan = [*_plan(index), *single]
+            found.append({"tag": path.parent.name, "picture": _grid(index), "plan": plan, "charts": charts})
         except HpcGenError as error:
             problems.append(str(error))
     return found
+
+
+def _curves(index: SampleIndex) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
+    """What the sampler measured: charts, and (name, mean) of what was measured as one number."""
+    charts, single = [], []
+    for name, curve in sorted(index.curves.items()):
+        title, unit, over = CURVE_TITLES.get(name, (name, "value", "step"))
+        points = [(float(i), value) for i, value in enumerate(curve.means()) if value is not None]
+        if len(points) > 1:
+            charts.append({"title": title, "svg": line_chart(title, unit, [Series(name, points)], over=over)})
+        elif points:
+            single.append((title, f"{points[0][1]:.4g} of {curve.counts[int(points[0][0])]:,.0f}"))
+    return charts, single
 
 
 def _grid(index: SampleIndex) -> Picture:

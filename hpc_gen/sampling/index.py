@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpc_gen.methods.protocol import Curve
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.sampling.images import pixel_sha256, read_png
@@ -48,10 +49,22 @@ def describe_block(block: Block, images: Tensor) -> BlockFacts:
     return BlockFacts(block.name, block.ids.start, len(images), tuple(images.shape[1:]), pixel_sha256(images))
 
 
-def block_json(plan: SamplePlan, facts: BlockFacts) -> dict[str, Any]:
-    """The JSON object of `block.json`: the facts, the plan they belong to, and the labels."""
+def block_json(plan: SamplePlan, facts: BlockFacts, curves: Mapping[str, Curve] | None = None) -> dict[str, Any]:
+    """The JSON object of `block.json`: the facts, the plan they belong to, the labels, what the sampler measured."""
     ids = torch.arange(facts.first_id, facts.first_id + facts.count)
-    return {"plan_hash": plan.hash, **asdict(facts), "labels": plan.labels(ids).tolist()}
+    document = {"plan_hash": plan.hash, **asdict(facts), "labels": plan.labels(ids).tolist()}
+    return {**document, "curves": _curves_json(curves)} if curves else document
+
+
+def _curves_json(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    return {name: {"sums": list(curve.sums), "counts": list(curve.counts)} for name, curve in sorted(curves.items())}
+
+
+def _curves(document: Mapping[str, Any]) -> dict[str, Curve]:
+    return {
+        str(name): Curve(tuple(float(v) for v in curve["sums"]), tuple(float(v) for v in curve["counts"]))
+        for name, curve in document.get("curves", {}).items()
+    }
 
 
 def _facts(document: Mapping[str, Any]) -> BlockFacts:
@@ -68,6 +81,7 @@ class SampleIndex:
     plan: SamplePlan
     blocks: tuple[BlockFacts, ...]
     sha256: str  # of index.json: names this very set of images
+    curves: Mapping[str, Curve] = field(default_factory=dict)  # what the sampler measured, over all images
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -114,11 +128,12 @@ def write_index(folder: Path, plan: SamplePlan) -> None:
     Raises DataError when a block is missing, belongs to another plan or has images of another size.
     """
     found: list[BlockFacts] = []
+    curves: dict[str, Curve] = {}
     for block in plan.blocks():
         path = block_folder(folder, block.name) / BLOCK_NAME
         try:
             document = json.loads(path.read_text())
-            facts = _facts(document)
+            facts, measured = _facts(document), _curves(document)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); run the sample stage again") from error
         if document["plan_hash"] != plan.hash or (facts.first_id, facts.count) != (block.ids.start, len(block.ids)):
@@ -128,6 +143,8 @@ def write_index(folder: Path, plan: SamplePlan) -> None:
                 f"{path} has images {facts.image_shape}, the first block {found[0].image_shape}; sample again"
             )
         found.append(facts)
+        for name, curve in measured.items():
+            curves[name] = curves[name].added(curve) if name in curves else curve
     document = {
         "format": FORMAT,
         "plan_hash": plan.hash,
@@ -135,6 +152,8 @@ def write_index(folder: Path, plan: SamplePlan) -> None:
         "image_shape": list(found[0].image_shape),
         "blocks": [asdict(facts) for facts in found],
     }
+    if curves:
+        document["curves"] = _curves_json(curves)
     commit.write_json(folder / INDEX_NAME, document)
 
 
@@ -158,6 +177,7 @@ def read_index(folder: Path) -> SampleIndex:
             (b.name, b.ids.start, len(b.ids)) for b in plan.blocks()
         ]:
             raise ValueError("its blocks are not those of the plan")
+        curves = _curves(document)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not a sample index ({error}); remove {folder} and sample again") from error
-    return SampleIndex(folder, plan, blocks, commit.sha256_file(path))
+    return SampleIndex(folder, plan, blocks, commit.sha256_file(path), curves)
