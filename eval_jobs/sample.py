@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eval_jobs.device import task_device
-from hpc_gen import tokenizers
 from hpc_gen.config.experiment import SampleConfig
 from hpc_gen.data.table import Table
-from hpc_gen.methods.protocol import Method
+from hpc_gen.methods.protocol import Measures, Method
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.sampling import index
 from hpc_gen.sampling.generate import Decoder, generate_block
 from hpc_gen.sampling.images import write_png
 from hpc_gen.sampling.plan import SamplePlan, method_hash
-from hpc_gen.stages.build import build_method, meta_method, open_table, settings_of, table_facts
+from hpc_gen.stages.build import build_method, meta_method, open_decoder, open_table, settings_of, table_facts
+from hpc_gen.stages.device import task_device
 from hpc_gen.stages.units import StageContext, Unit
 from hpc_gen.training.checkpoint import read as checkpoints
 from hpc_gen.training.checkpoint.read import CheckpointInfo
@@ -37,7 +37,7 @@ class SampleWorker:
         if config is None:
             raise UserError(f"experiment '{context.experiment.name}' has no sample section; add one to its file")
         self._context = context
-        self._table = open_table(context.workspace, context.experiment.data.table)
+        self._table = open_table(context.workspace, context.experiment.data.table, context.experiment)
         self._checkpoint = _checkpoint(context, config)
         self._device = task_device(context.task)
         self.folder = context.run.samples(config.tag)
@@ -58,14 +58,16 @@ class SampleWorker:
         set_determinism(True, self.plan.threads)
         block = self.plan.blocks()[unit.index]
         settings = settings_of(self._context.experiment, self.plan.settings)
-        images = generate_block(self._ready_method(), self.plan, block.ids, settings, poll, self._decoder())
+        method = self._ready_method()
+        images = generate_block(method, self.plan, block.ids, settings, poll, self._decoder)
         final = index.block_folder(self.folder, block.name)
         files: dict[str, Path] = {}
         for image_id, image in zip(block.ids, images, strict=True):
             name = index.image_name(image_id)
             write_png(staging / name, image)
             files[str(final / name)] = staging / name
-        facts = index.block_json(self.plan, index.describe_block(block, images))
+        curves = method.take_curves() if isinstance(method, Measures) else {}
+        facts = index.block_json(self.plan, index.describe_block(block, images), curves)
         commit.write_json(staging / index.BLOCK_NAME, facts)
         files[str(final / index.BLOCK_NAME)] = staging / index.BLOCK_NAME
         return files
@@ -90,9 +92,10 @@ class SampleWorker:
                 module.to(self._device)
         return self._method
 
+    @cached_property
     def _decoder(self) -> Decoder | None:
-        name = self._table.index.tokenizer.get("name")
-        return tokenizers.build(str(name)) if name not in (None, "identity") else None
+        """Opened when the first block needs it: the network of a tokenizer may be large."""
+        return open_decoder(self._context.experiment, self._table, self._context.workspace, self._device)
 
 
 def _checkpoint(context: StageContext, config: SampleConfig) -> CheckpointInfo:

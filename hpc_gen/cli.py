@@ -8,7 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_gen.runtime import env
+from hpc_gen.cli_parts import (
+    Config,
+    DryRun,
+    Json,
+    Overrides,
+    Run,
+    Stages,
+    TableFolder,
+    Workspace,
+    end,
+    example,
+    run_of,
+    say,
+    workspace_of,
+)
+from hpc_gen.cli_weights import weights_app
 from hpc_gen.runtime.errors import UserError
 
 app = typer.Typer(
@@ -23,71 +38,35 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show experiments and the keys they may have.")
 shards_app = typer.Typer(no_args_is_help=True, help="Fetch images, look into tables and verify them.")
-weights_app = typer.Typer(no_args_is_help=True, help="Weights of metric networks.")
 checkpoints_app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
-
-Workspace = Annotated[
-    Path | None,
-    typer.Option("--workspace", "-w", help="Folder of runs, tables and downloads [$HPC_GEN_WORKSPACE, else here]."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would happen and change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="For other programs.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Path of a run folder, or a name below WORKSPACE/runs.")]
-TableFolder = Annotated[str, typer.Argument(metavar="TABLE", help="Folder of a table, relative to WORKSPACE.")]
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Experiment file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Keys that replace those of the file.", show_default=False),
-]
-Stages = Annotated[str | None, typer.Option("--stages", help="Only these stages, as in train,sample.")]
-
-
-def say(line: str = "") -> None:
-    """Print one line at once, also into a pipe."""
-    typer.echo(line)
-
-
-def _example(*commands: str) -> str:
-    """Text below the options; the backspace keeps click from filling the lines."""
-    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
-
-
-def _workspace(given: Path | None) -> Path:
-    return given.absolute() if given is not None else env.workspace()
 
 
 def _names(stages: str | None) -> list[str] | None:
     return [name for name in stages.split(",") if name] if stages else None
 
 
-def _run(text: str, workspace: Path | None) -> Any:
-    from hpc_gen.stages.control import find_run
-
-    return find_run(text, _workspace(workspace))
-
-
-def _end(code: int) -> None:
-    """Leave with an exit code that a batch script can decide by."""
-    raise typer.Exit(int(code))
-
-
-@app.command(epilog=_example("hpc-gen demo", "hpc-gen demo --workspace /tmp/try"))
-def demo(workspace: Workspace = None, dry_run: DryRun = False) -> None:
+@app.command(epilog=example("hpc-gen demo", "hpc-gen demo latents --workspace /tmp/try"))
+def demo(
+    name: Annotated[str, typer.Argument(metavar="[pixels|latents]", help="Which demo.")] = "pixels",
+    workspace: Workspace = None,
+    dry_run: DryRun = False,
+) -> None:
     """Everything once, here and now, on real images.
 
-    Up to ten minutes on two cores, installation apart. Images become shards, a generator trains on two processes, is
-    preempted and resumes exactly, samples are drawn and scored, a report is written. A second call repeats nothing.
+    pixels: digits; images become shards, a generator trains on two processes, is preempted and resumes exactly,
+    samples are drawn and scored, a report is written. latents: coloured emoji; an autoencoder is trained, encodes them,
+    and energy diffusion learns its latents, is killed and resumes. Minutes on two cores; a second call repeats nothing.
     """
-    from hpc_gen.stages import demo as steps
+    from hpc_gen.stages import demo as demos
 
     if dry_run:
-        _print_plan(str(steps.CONFIG), [], workspace, None)
+        _print_plan(str(demos.config_of(name)), [], workspace, None)
     else:
-        _end(steps.run_demo(_workspace(workspace), say))
+        end(demos.run_demo(name, workspace_of(workspace), say))
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "hpc-gen run job_configs/demo/mnist16.yaml",
         "hpc-gen run job_configs/demo/mnist16.yaml name=quick train.total_images=6400 --dry-run",
     )
@@ -111,8 +90,8 @@ def run(
     from hpc_gen.stages import runner
 
     resolved = loader.load(config, overrides or [])
-    folder = runner.prepare_run(resolved, _workspace(workspace))
-    _end(runner.run_stages(folder, _names(stages), say))
+    folder = runner.prepare_run(resolved, workspace_of(workspace))
+    end(runner.run_stages(folder, _names(stages), say))
 
 
 def _print_plan(config: str, overrides: list[str], workspace: Path | None, stages: str | None) -> None:
@@ -122,13 +101,13 @@ def _print_plan(config: str, overrides: list[str], workspace: Path | None, stage
     from hpc_gen.stages.control import runs_folder
 
     resolved = run_setup.typed(loader.load(config, overrides))
-    folder = RunFolder(runs_folder(_workspace(workspace)) / resolved.experiment.name)
+    folder = RunFolder(runs_folder(workspace_of(workspace)) / resolved.experiment.name)
     for line in runner.plan(folder, resolved, _names(stages)):
         say(line)
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "hpc-gen stage demo-mnist16 train", "torchrun --nproc-per-node 2 -m hpc_gen.cli stage demo-mnist16 train"
     )
 )
@@ -144,12 +123,12 @@ def stage(run: Run, name: Annotated[str, typer.Argument(metavar="NAME", help="St
 def _stage(text: str, name: str, workspace: Path | None, dry_run: bool) -> None:
     from hpc_gen.stages import runner
 
-    folder = _run(text, workspace)
+    folder = run_of(text, workspace)
     if dry_run:
         for line in runner.plan(folder, runner.load_run(folder), [name]):
             say(line)
     else:
-        _end(runner.run_stage(folder, name))
+        end(runner.run_stage(folder, name))
 
 
 def _short_form(name: str, what: str) -> None:
@@ -159,17 +138,22 @@ def _short_form(name: str, what: str) -> None:
         _stage(run, name, workspace, dry_run)
 
     text = f"{what}\n\nShort for: hpc-gen stage RUN {name}"
-    app.command(name, help=text, epilog=_example(f"hpc-gen {name} demo-mnist16"))(command)
+    app.command(name, help=text, epilog=example(f"hpc-gen {name} demo-mnist16"))(command)
 
 
-_short_form("encode", "Turn the images of a run into shards.")
+_short_form(
+    "encode",
+    "Turn the images of a run into shards.\n\nWhich images, at which size and in which format is said by the "
+    "experiment when the run is begun, as in:\n\n\b\n  hpc-gen run CONFIG --stages encode "
+    "'encode.classes=[n01440764,3]' encode.crop_size=256 \\\n      encode.image_size=64 encode.format=ptshard",
+)
 _short_form("train", "Train, from the newest whole checkpoint if there is one.")
 _short_form("sample", "Draw the samples of a run.")
 _short_form("evaluate", "Compute the metrics of a run.")
 _short_form("report", "Write the report of a run.")
 
 
-@app.command(epilog=_example("hpc-gen status demo-mnist16", "hpc-gen status runs/demo-mnist16 --json"))
+@app.command(epilog=example("hpc-gen status demo-mnist16", "hpc-gen status runs/demo-mnist16 --json"))
 def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """What a run has done and is doing, in plain words.
 
@@ -177,7 +161,7 @@ def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """
     from hpc_gen.stages import status as reading
 
-    found = reading.status(_run(run, workspace))
+    found = reading.status(run_of(run, workspace))
     if json:
         _print_json(found.to_json())
         return
@@ -185,7 +169,7 @@ def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
         say(line)
 
 
-@app.command(epilog=_example("hpc-gen preempt demo-mnist16 --wait"))
+@app.command(epilog=example("hpc-gen preempt demo-mnist16 --wait"))
 def preempt(
     run: Run,
     workspace: Workspace = None,
@@ -200,11 +184,11 @@ def preempt(
     """
     from hpc_gen.stages import control
 
-    ended = control.preempt(_run(run, workspace), say, dry_run=dry_run, wait_s=timeout_s if wait else None)
-    _end(0 if ended else UserError.exit_code)
+    ended = control.preempt(run_of(run, workspace), say, dry_run=dry_run, wait_s=timeout_s if wait else None)
+    end(0 if ended else UserError.exit_code)
 
 
-@app.command(epilog=_example("hpc-gen resume demo-mnist16"))
+@app.command(epilog=example("hpc-gen resume demo-mnist16"))
 def resume(run: Run, workspace: Workspace = None, stages: Stages = None, dry_run: DryRun = False) -> None:
     """Go on with a run, from its folder alone.
 
@@ -212,15 +196,15 @@ def resume(run: Run, workspace: Workspace = None, stages: Stages = None, dry_run
     """
     from hpc_gen.stages import runner
 
-    folder = _run(run, workspace)
+    folder = run_of(run, workspace)
     if dry_run:
         for line in runner.plan(folder, runner.load_run(folder), _names(stages)):
             say(line)
     else:
-        _end(runner.run_stages(folder, _names(stages), say))
+        end(runner.run_stages(folder, _names(stages), say))
 
 
-@app.command(epilog=_example("hpc-gen doctor", "hpc-gen doctor --json"))
+@app.command(epilog=example("hpc-gen doctor", "hpc-gen doctor --json"))
 def doctor(workspace: Workspace = None, json: Json = False) -> None:
     """What this machine offers, and what is missing.
 
@@ -229,7 +213,7 @@ def doctor(workspace: Workspace = None, json: Json = False) -> None:
     """
     from hpc_gen.runtime import doctor as looking
 
-    checks = looking.examine(_workspace(workspace), lambda line: typer.echo(line, err=True))
+    checks = looking.examine(workspace_of(workspace), lambda line: typer.echo(line, err=True))
     if json:
         say(looking.to_json(checks))
     else:
@@ -239,11 +223,11 @@ def doctor(workspace: Workspace = None, json: Json = False) -> None:
             if not check.ok and check.meaning:
                 say(f"{'':28} -> {check.meaning}")
         say("everything required works" if looking.healthy(checks) else "something required is missing")
-    _end(0 if looking.healthy(checks) else UserError.exit_code)
+    end(0 if looking.healthy(checks) else UserError.exit_code)
 
 
 @config_app.command(
-    "show", epilog=_example("hpc-gen config show job_configs/demo/mnist16.yaml train.optimizer.lr=1e-4")
+    "show", epilog=example("hpc-gen config show job_configs/demo/mnist16.yaml train.optimizer.lr=1e-4")
 )
 def config_show(
     config: Config,
@@ -266,7 +250,7 @@ def config_show(
     say(f"# identity  {resolved.identity}\n# operation {resolved.operation}")
 
 
-@config_app.command("schema", epilog=_example("hpc-gen config schema", "hpc-gen config schema --method energy"))
+@config_app.command("schema", epilog=example("hpc-gen config schema", "hpc-gen config schema --method energy"))
 def config_schema(
     json: Annotated[bool, typer.Option("--json", help="As a JSON schema, for editors.")] = False,
     method: Annotated[str | None, typer.Option("--method", help="The keys of a method and its sampler too.")] = None,
@@ -293,7 +277,7 @@ def config_schema(
             say(f"    {fact.meaning}")
 
 
-@shards_app.command("fetch", epilog=_example("hpc-gen shards fetch mnist", "hpc-gen shards fetch emoji --dry-run"))
+@shards_app.command("fetch", epilog=example("hpc-gen shards fetch mnist", "hpc-gen shards fetch emoji --dry-run"))
 def shards_fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="mnist, emoji or cifar10.")],
     workspace: Workspace = None,
@@ -305,15 +289,15 @@ def shards_fetch(
     """
     from shard_tools import fetch
 
-    fetch.fetch(name, _workspace(workspace), say=say, dry_run=dry_run)
+    fetch.fetch(name, workspace_of(workspace), say=say, dry_run=dry_run)
 
 
-@shards_app.command("info", epilog=_example("hpc-gen shards info tables/mnist16"))
+@shards_app.command("info", epilog=example("hpc-gen shards info tables/mnist16"))
 def shards_info(table: TableFolder, workspace: Workspace = None, json: Json = False) -> None:
     """Columns, rows, classes and identity of a table."""
     from shard_tools import inspect
 
-    found = inspect.info(_workspace(workspace) / table)
+    found = inspect.info(workspace_of(workspace) / table)
     if json:
         _print_json(found)
         return
@@ -321,36 +305,51 @@ def shards_info(table: TableFolder, workspace: Workspace = None, json: Json = Fa
         say(line)
 
 
-@shards_app.command("verify", epilog=_example("hpc-gen shards verify tables/mnist16"))
+@shards_app.command("verify", epilog=example("hpc-gen shards verify tables/mnist16"))
 def shards_verify(table: TableFolder, workspace: Workspace = None) -> None:
     """Compare every byte of a table with its index."""
     from shard_tools import inspect
 
-    _report_problems(table, inspect.verify(_workspace(workspace) / table))
+    _report_problems(table, inspect.verify(workspace_of(workspace) / table))
 
 
-@weights_app.command("fetch", epilog=_example("hpc-gen weights fetch inception"))
-def weights_fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="inception.")],
+@shards_app.command(
+    "index",
+    epilog=example(
+        "hpc-gen shards index tables/cached",
+        "hpc-gen shards index tables/cached --config job_configs/energy/edm_base_64.yaml --dry-run",
+    ),
+)
+def shards_index(
+    table: TableFolder,
     workspace: Workspace = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Experiment whose tokenizer made the latents; it is recorded.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Download weights and verify them.
+    """Write the index of shards that another program made.
 
-    Into WORKSPACE/downloads; what is there already is left alone.
+    For latents cached by the energy reference (ptshard, pt or npz). They can be read without, but then every start
+    reads the header of every file, and nothing vouches for their bytes. Index them before the first training: a table
+    with an index is another table to a checkpoint.
     """
-    from shard_tools import fetch
+    from hpc_gen.config import loader
+    from hpc_gen.stages.build import tokenizer_identity
+    from shard_tools import indexing
 
-    fetch.fetch(name, _workspace(workspace), say=say, dry_run=dry_run)
+    root = workspace_of(workspace)
+    made_by = tokenizer_identity(loader.load(config, []).experiment, root) if config is not None else {}
+    indexing.write_index(root / table, made_by, say, dry_run)
 
 
-@checkpoints_app.command("list", epilog=_example("hpc-gen checkpoints list demo-mnist16"))
+@checkpoints_app.command("list", epilog=example("hpc-gen checkpoints list demo-mnist16"))
 def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """Committed checkpoints of a run, oldest first."""
     from hpc_gen.runtime.progress import format_count
     from hpc_gen.training.checkpoint import read
 
-    found = read.list_checkpoints(_run(run, workspace))
+    found = read.list_checkpoints(run_of(run, workspace))
     if json:
         _print_json([asdict(each) for each in found])
         return
@@ -360,12 +359,12 @@ def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) 
         say("no checkpoint yet")
 
 
-@checkpoints_app.command("verify", epilog=_example("hpc-gen checkpoints verify demo-mnist16"))
+@checkpoints_app.command("verify", epilog=example("hpc-gen checkpoints verify demo-mnist16"))
 def checkpoints_verify(run: Run, workspace: Workspace = None) -> None:
     """Compare every byte of every checkpoint with its manifest."""
     from hpc_gen.training.checkpoint import read
 
-    folder = _run(run, workspace)
+    folder = run_of(run, workspace)
     paths = sorted(folder.checkpoints.glob("[0-9]*")) if folder.checkpoints.is_dir() else []
     problems = [problem for path in paths for problem in read.verify(path)]
     _report_problems(f"{len(paths)} checkpoints of {folder.name}", problems)
@@ -377,7 +376,7 @@ def _report_problems(what: str, problems: list[str]) -> None:
     for problem in problems:
         say(problem)
     say(f"{what}: {len(problems)} problems" if problems else f"{what}: whole")
-    _end(ExitCode.DATA if problems else ExitCode.DONE)
+    end(ExitCode.DATA if problems else ExitCode.DONE)
 
 
 def _print_json(value: Any) -> None:

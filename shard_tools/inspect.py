@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hpc_gen.data.index import TableIndex
 from hpc_gen.data.table import Table
 from hpc_gen.runtime.errors import DataError
 
@@ -14,13 +13,17 @@ SHOWN_BAD_IMAGES = 5
 
 
 def info(folder: Path | str) -> dict[str, Any]:
-    """What the index of a table says, JSON-ready, with totals. Raises DataError when there is no sound index."""
-    index = TableIndex.read(Path(folder))
+    """What the index of a table says, JSON-ready, with totals; without one, what the files' headers say.
+
+    Raises DataError when the index is not sound, or the folder is no table.
+    """
+    index = Table.open(folder).index
     document = index.to_json()
     shards = document.pop("shards")
     sizes = [shard["rows"] for shard in shards]
     return document | {
         "folder": str(folder),
+        "indexed": index.indexed,
         "num_shards": len(shards),
         "rows_per_shard": [min(sizes), max(sizes)],
         "bytes": sum(shard["bytes"] for shard in shards),
@@ -33,6 +36,8 @@ def format_info(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"table     {facts['folder']}",
         f"identity  {facts['identity']}",
+        f"layout    {facts['layout']}"
+        + ("" if facts["indexed"] else ", without an index: write one with hpc-gen shards index"),
         f"rows      {facts['rows']:,} in {facts['num_shards']:,} shards of {low if low == high else f'{low} to {high}'}"
         f" rows, {facts['bytes'] / 1e6:,.1f} MB",
     ]
@@ -46,7 +51,8 @@ def format_info(facts: dict[str, Any]) -> list[str]:
     lines.append(f"classes   {facts['num_classes']}")
     histogram = facts["statistics"].get("label_histogram", {})
     for label, name in list(enumerate(facts["class_names"]))[:SHOWN_CLASSES]:
-        lines.append(f"  {label:4d}  {name}: {histogram.get(str(label), 0):,}")
+        count = f": {histogram.get(str(label), 0):,}" if histogram else ""
+        lines.append(f"  {label:4d}  {name}{count}")
     if len(facts["class_names"]) > SHOWN_CLASSES:
         lines.append(f"  ... and {len(facts['class_names']) - SHOWN_CLASSES} more")
     for reason, count in sorted(facts["statistics"].get("skipped", {}).items()):
@@ -59,8 +65,7 @@ def format_info(facts: dict[str, Any]) -> list[str]:
     recipe = ", ".join(
         f"{key}={value}" for key, value in facts["recipe"].items() if key not in ("classes", "tokenizer")
     )
-    lines.append(f"recipe    {recipe}")
-    return lines
+    return [*lines, f"recipe    {recipe}"] if recipe else lines
 
 
 def verify(folder: Path | str, full: bool = True) -> list[str]:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hpc_gen.config.experiment import EncodeConfig
-from hpc_gen.data.index import INDEX_NAME, TableIndex
+from hpc_gen.data.foreign import shard_files
+from hpc_gen.data.index import FACTS_FOLDER, INDEX_NAME, LAYOUTS, Layout, TableIndex, differences
 from hpc_gen.runtime.errors import DataError, UserError, nearest
 from hpc_gen.runtime.randomness import permutation
 from shard_tools.sources import Source, Split
 
 ROW_ORDER = "shuffled-1"  # the name of `row_order`; a new number if that function ever changes
-FACTS_FOLDER = "facts"  # beside the shards: one JSON of facts per shard, merged into the index at the end
 
 Recipe = dict[str, Any]
 
 
-def recipe_of(encode: EncodeConfig, source: Source, split: str, tokenizer: dict[str, Any]) -> Recipe:
+def recipe_of(
+    encode: EncodeConfig, source: Source, split: str, tokenizer: dict[str, Any], device: torch.device
+) -> Recipe:
     """The recipe of one split, JSON-ready."""
-    return {
+    recipe: Recipe = {
         "source": source.name,
         "source_content": source.content,
         "split": split,
@@ -37,6 +40,14 @@ def recipe_of(encode: EncodeConfig, source: Source, split: str, tokenizer: dict[
         "shard_rows": encode.shard_rows,
         "tokenizer": tokenizer,
     }
+    # Keys of later versions stand only where they say something: tables of pixels keep their recipe.
+    if encode.crop_size is not None:
+        recipe["crop_size"] = encode.crop_size
+    if encode.format != "ptshard":
+        recipe["format"] = encode.format
+    if encode.tokenizer.name != "identity":  # a network's last bits depend on these
+        recipe["computed"] = {"threads": encode.threads, "device": device.type}
+    return recipe
 
 
 def kept_classes(encode: EncodeConfig, source: Source) -> list[int]:
@@ -74,10 +85,48 @@ def row_order(
     return order[:limit]
 
 
+def row_names(source: Source, split_name: str, layout: Layout) -> list[str]:
+    """File of every item of the split in a layout of one row per file: CLASS/NAME.layout, as the reference names them.
+
+    NAME is the image's own file name, extension included. Where two images of a class have the same one (emoji of two
+    sets, folders inside class folders), the names of the whole split carry the path below the class, joined by "-".
+    Raises UserError when a class cannot be a folder's name or two images still share a file.
+    """
+    split: Split = source.splits[split_name]
+    for name in source.class_names:
+        if "/" in name or name.startswith(".") or name == FACTS_FOLDER or not name:
+            raise UserError(f"class {name!r} of source {source.name!r} is no folder name; use encode.format=ptshard")
+    classes = [source.class_names[label] for label in split.labels.tolist()]
+    for name_of in (_own_name, _path_name):
+        files = [f"{name}/{name_of(each, name)}.{layout}" for each, name in zip(split.ids, classes, strict=True)]
+        if len(set(files)) == len(files):
+            return files
+    twice = next(file for file, count in Counter(files).items() if count > 1)
+    raise UserError(
+        f"two images of source {source.name!r} would both become {twice}; use encode.format=ptshard"
+    )
+
+
+def _own_name(image_id: str, class_name: str) -> str:
+    return image_id.rpartition("/")[2]
+
+
+def _path_name(image_id: str, class_name: str) -> str:
+    """The id without its first part (the split or the source) and its class folder, in one name."""
+    parts = image_id.split("/")[1:]
+    return "-".join(parts[1:] if parts[0] == class_name and len(parts) > 1 else parts)
+
+
 def refuse_other_recipe(folder: Path, asked: Recipe) -> None:
     """Raise UserError when `folder` holds a table, or shards of an unfinished one, made by another recipe."""
     found = found_recipe(folder)
     if found is None:
+        for layout in LAYOUTS if folder.is_dir() else ():
+            for file in shard_files(folder, layout)[:1]:
+                raise UserError(
+                    f"{folder} holds shards that this stage did not write ({file}); "
+                    "choose another data.table (or data.validation_table)"
+                )
         return
     for key, old, new in differences(found, asked):
         raise UserError(
@@ -99,12 +148,3 @@ def found_recipe(folder: Path) -> Recipe | None:
             ) from error
         return recipe
     return None
-
-
-def differences(found: Any, asked: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, found, asked) of every leaf that differs."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for name in sorted({*found, *asked}):
-            yield from differences(found.get(name), asked.get(name), f"{key}.{name}" if key else name)
-    elif found != asked:
-        yield key, found, asked

@@ -11,10 +11,12 @@ from pydantic import Field, field_validator, model_validator
 
 from hpc_gen.config.base import OPERATION, EntryName, FolderName, KeyName, NonEmpty, PositiveInt, Section, Sha256
 from hpc_gen.config.errors import KeyProblem
+from hpc_gen.config.kl_vae import KlVaeConfig
 from hpc_gen.config.train import (
     EmaConfig,
     EngineConfig,
     NonFiniteConfig,
+    OnlineEvaluationConfig,
     OptimizerConfig,
     PreviewConfig,
     ScheduleConfig,
@@ -32,6 +34,7 @@ __all__ = [
     "ExtraStage",
     "ExtractorConfig",
     "NonFiniteConfig",
+    "OnlineEvaluationConfig",
     "OptimizerConfig",
     "PreviewConfig",
     "ReferenceConfig",
@@ -46,9 +49,44 @@ __all__ = [
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Byte = Annotated[int, Field(ge=0, le=255)]
+PerChannel = float | Annotated[list[float], Field(min_length=1)]
 
 BUILT_IN_STAGES = ("encode", "train", "sample", "evaluate", "report")
 """Stages every experiment may have, in their order."""
+
+
+class TokenizerConfig(Section):
+    """The map between pixels and what is stored."""
+
+    name: Literal["identity", "kl_vae"] = "identity"
+    """identity stores the pixels themselves; kl_vae the moments of a KL autoencoder's latents."""
+    weights: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """kl_vae: file of the weights, relative to the workspace; tables and samples know its tensors by their hash."""
+    sha256: Sha256 | None = None
+    """kl_vae: SHA-256 that this file must have; null = any."""
+    preset: Literal["sd_f8", "kl16", "va_vae"] | None = None
+    """kl_vae: a published architecture with its scale; null = `architecture`, or what the file says of itself."""
+    architecture: KlVaeConfig | None = None
+    """kl_vae: keys of the network, as method 'autoencoder' has them; null = the preset's, or the file's."""
+    scale: PerChannel | None = None
+    """kl_vae: diffusion sees (latent - shift) * scale, one number or one per channel; null = the preset's or file's."""
+    shift: PerChannel | None = None
+    """kl_vae: see scale."""
+
+    def settings(self) -> dict[str, Any]:
+        """What `tokenizers.build` takes besides the name: the keys that this tokenizer has."""
+        return {} if self.name == "identity" else self.model_dump(exclude={"name"})
+
+    @model_validator(mode="after")
+    def _keys_of_the_named(self) -> TokenizerConfig:
+        if self.name == "kl_vae" and self.weights is None:
+            raise ValueError("name 'kl_vae' needs 'weights', the file of its network")
+        given = sorted(key for key, value in self if key != "name" and value is not None)
+        if self.name == "identity" and given:
+            raise ValueError(f"name 'identity' has no {', '.join(given)}; remove it, or name 'kl_vae'")
+        if self.preset is not None and self.architecture is not None:
+            raise ValueError("it has both 'preset' and 'architecture'; give one")
+        return self
 
 
 class DataConfig(Section):
@@ -62,13 +100,10 @@ class DataConfig(Section):
     """Shards whose rows are shuffled together."""
     prefetch: PositiveInt = Field(default=4, json_schema_extra=OPERATION)
     """Global batches that are read and drawn ahead."""
-
-
-class TokenizerConfig(Section):
-    """The map between pixels and what is stored."""
-
-    name: Literal["identity"] = "identity"
-    """identity stores the pixels themselves."""
+    class_names: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """File of names for captions, a line "ID NAME" per class, relative to the workspace; null = those of the table."""
+    tokenizer: TokenizerConfig | None = None
+    """What made the latents of the table and decodes them, where no section 'encode' says so; null = nothing did."""
 
 
 class EncodeConfig(Section):
@@ -79,24 +114,41 @@ class EncodeConfig(Section):
     source_path: str | None = Field(default=None, json_schema_extra=OPERATION)
     """Folder of the images; null = where `hpc-gen shards fetch` puts them. Required for 'folder'."""
     image_size: PositiveInt
-    """Side of the stored square, in pixels."""
+    """Side of the square that is stored or tokenized, in pixels."""
+    crop_size: PositiveInt | None = None
+    """Side of the centre crop that is then resized to image_size; null = crop at image_size."""
     channels: Literal[1, 3] = 3
     """Stored channels: 1 grey, 3 colour."""
     shard_rows: PositiveInt = 1024
     """Rows of one shard, the unit of this stage."""
+    format: Literal["ptshard", "pt", "npz"] = "ptshard"
+    """ptshard: shards of many rows; pt, npz: a file per image in class folders, as the energy reference caches them."""
     classes: Annotated[list[str | int], Field(min_length=1)] | None = None
-    """Keep these classes only, by name or by number; labels keep their original ids. null = all."""
+    """Keep these classes only, by name (of a folder: n01440764) or number; labels keep their own ids. null = all."""
     limit: PositiveInt | None = None
     """Keep at most this many rows of each split; null = all."""
     validation: bool = True
     """Encode the held-out split too, into `data.validation_table`."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """What makes the stored columns of the pixels."""
+    threads: PositiveInt = 1
+    """CPU threads per task of the tokenizer's network; belongs to the identity."""
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of unreadable images that is tolerated (they are counted and listed); above it the stage fails."""
     tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
     """Processes that share the units."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour behind transparent pixels, red green blue 0..255."""
+
+    @model_validator(mode="after")
+    def _crop_is_not_enlarged(self) -> EncodeConfig:
+        if self.crop_size is not None and self.crop_size < self.image_size:
+            raise KeyProblem(
+                "encode.crop_size",
+                f"'encode.crop_size' = {self.crop_size} is smaller than 'encode.image_size' = {self.image_size}; "
+                "raise it, or leave it out",
+            )
+        return self
 
     @model_validator(mode="after")
     def _folder_has_a_path(self) -> EncodeConfig:
@@ -156,12 +208,32 @@ class ExtractorConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The real images to compare with."""
+    """The real images to compare with: a table, stored statistics (mean and covariance of features), or both."""
 
-    table: NonEmpty = Field(json_schema_extra=OPERATION)
-    """Folder of a table with pixels, relative to the workspace."""
+    table: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """Folder of a table with pixels, relative to the workspace; null = statistics alone: no kid, no prc."""
     rows: PositiveInt | None = None
-    """Use the first rows only; null = all."""
+    """Use the first rows of the table only; null = all."""
+    statistics: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """File .npz with mu [D] and sigma [D, D] for the Frechet distance, relative to the workspace; null = the table's."""
+    statistics_sha256: Sha256 | None = None
+    """Expected SHA-256 of that file; null = any (what was used stands in the results)."""
+
+    @model_validator(mode="after")
+    def _something_to_compare_with(self) -> ReferenceConfig:
+        if self.table is None and self.statistics is None:
+            raise KeyProblem(
+                "evaluate.reference",
+                "'evaluate.reference' names neither 'table' nor 'statistics'; give a table of pixels or an .npz file",
+            )
+        if self.table is None and self.rows is not None:
+            raise KeyProblem("evaluate.reference.rows", "'evaluate.reference.rows' needs 'evaluate.reference.table'")
+        if self.statistics is None and self.statistics_sha256 is not None:
+            raise KeyProblem(
+                "evaluate.reference.statistics_sha256",
+                "'evaluate.reference.statistics_sha256' needs 'evaluate.reference.statistics'",
+            )
+        return self
 
 
 class EvaluateConfig(Section):
@@ -220,6 +292,8 @@ class TrackingConfig(Section):
     """wandb project."""
     entity: str | None = Field(default=None, json_schema_extra=OPERATION)
     """wandb user or team; null = the account's default."""
+    loss_term: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """Loss term that is published as `loss` and `validation/loss` instead of the total, as in 'mse'; null = the total."""
 
 
 class ExtraStage(Section):
@@ -323,6 +397,14 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_tokenizer(self) -> Experiment:
+        if self.encode is not None and self.data.tokenizer is not None:
+            raise KeyProblem(
+                "data.tokenizer", "'data.tokenizer' is for tables made elsewhere; here 'encode.tokenizer' says it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _samples(self) -> Experiment:
         sample, train, evaluate = self.sample, self.train, self.evaluate
         if sample is not None and train is not None and sample.ema is not None and sample.ema not in train.ema:
@@ -331,6 +413,8 @@ class Experiment(Section):
                 "sample.ema" if "ema" in sample.model_fields_set else "sample",
                 f"'sample.ema' = '{sample.ema}' is not an average of 'train.ema' (known: {known}); name one, or null",
             )
+        if train is not None and train.evaluate is not None:
+            self._check_online(train.evaluate)
         if sample is None or evaluate is None:
             return self
         if evaluate.tag != sample.tag:
@@ -346,3 +430,17 @@ class Experiment(Section):
                 f"{sample.num_images}; lower the first",
             )
         return self
+
+    def _check_online(self, online: OnlineEvaluationConfig) -> None:
+        if self.evaluate is None:
+            raise KeyProblem(
+                "train.evaluate",
+                "'train.evaluate' takes metrics, extractor and reference from the section 'evaluate', which is absent; "
+                "add one",
+            )
+        if "kid" in self.evaluate.metrics and self.evaluate.kid_subset_size > online.num_images:
+            raise KeyProblem(
+                "train.evaluate.num_images",
+                f"'train.evaluate.num_images' = {online.num_images} is less than 'evaluate.kid_subset_size' = "
+                f"{self.evaluate.kid_subset_size}; lower the second, or draw more images",
+            )

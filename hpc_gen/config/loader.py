@@ -85,11 +85,13 @@ def type_method(
         if experiment.sample is not None:
             settings = _validate(settings_class, experiment.sample.settings, sources, "sample.settings", origin)
             changes["sample"] = experiment.sample.model_copy(update={"settings": plain(settings)})
-        if experiment.train is not None and experiment.train.preview is not None:
-            preview = experiment.train.preview
-            settings = _validate(settings_class, preview.settings, sources, "train.preview.settings", origin)
-            preview = preview.model_copy(update={"settings": plain(settings)})
-            changes["train"] = experiment.train.model_copy(update={"preview": preview})
+        train = experiment.train
+        for name in ("preview", "evaluate"):
+            chosen = getattr(train, name, None)
+            if train is not None and chosen is not None:
+                settings = _validate(settings_class, chosen.settings, sources, f"train.{name}.settings", origin)
+                chosen = chosen.model_copy(update={"settings": plain(settings)})
+                changes["train"] = train = train.model_copy(update={name: chosen})
     return _resolved(experiment.model_copy(update=changes), sources, origin)
 
 

@@ -15,6 +15,9 @@ warnings.filterwarnings("ignore", message='Field name "validate" in "TrainConfig
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+WITH_AVERAGE = ("validate", "preview", "evaluate")
+"""Sections of training that look at an average of the weights."""
+
 
 class EngineConfig(Section):
     """How parameters, gradients and optimizer state lie over ranks."""
@@ -77,19 +80,59 @@ class ValidateConfig(Section):
     """Interval, in images; a multiple of the global batch."""
     num_images: PositiveInt
     """Rows of the validation table that are used, from its start."""
+    ema: KeyName | None = None
+    """Which average of the weights; null = the weights themselves; absent = the first of `train.ema`."""
     seed_purpose: KeyName = "validate"
     """Name of the random stream of validation, apart from those of training."""
 
 
 class PreviewConfig(Section):
-    """A small grid of samples drawn during training."""
+    """A few samples drawn during training, one per label, with the same noise each time."""
 
-    every_images: PositiveInt
-    """Interval, in images; a multiple of the global batch."""
-    labels: Annotated[list[int], Field(min_length=1)]
-    """Class label of each image of the grid."""
+    every_images: PositiveInt | None = None
+    """Interval, in images; a multiple of the global batch; null = only `at_images`."""
+    at_images: list[PositiveInt] = Field(default_factory=list)
+    """Further places, in images; multiples of the global batch."""
+    labels: Annotated[list[int | str], Field(min_length=1)]
+    """Class of each image, by number or by name."""
+    batch: PositiveInt | None = None
+    """Images per batch, with which the pictures are the same bits on any number of ranks; null = each rank's share."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of the pictures; null = that of the experiment."""
+    ema: KeyName | None = None
+    """Which average of the weights; null = the weights themselves; absent = the first of `train.ema`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sampler settings, typed by the method."""
+
+
+class OnlineEvaluationConfig(Section):
+    """Metrics during training, by all ranks; metrics, extractor and reference are those of the `evaluate` section."""
+
+    every_images: PositiveInt | None = None
+    """Interval, in images; a multiple of the global batch; null = only `at_end`."""
+    at_end: bool = True
+    """Evaluate the final weights too, at `total_images`."""
+    num_images: PositiveInt
+    """Images to draw."""
+    batch: PositiveInt = 64
+    """Images per batch of one rank; changes last bits, so it belongs to the identity."""
+    classes: Literal["balanced", "sorted", "uniform"] = "balanced"
+    """Class of image i: balanced = i modulo classes, sorted = equal runs in order, uniform = drawn at random."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the samples: image i is that of the sample stage with this seed and these weights, last bits apart."""
+    ema: KeyName | None = None
+    """Which average of the weights; null = the weights themselves; absent = the first of `train.ema`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Sampler settings, typed by the method."""
+
+    @model_validator(mode="after")
+    def _happens(self) -> OnlineEvaluationConfig:
+        if self.every_images is None and not self.at_end:
+            raise KeyProblem(
+                "train.evaluate.every_images",
+                "'train.evaluate' never happens: give 'train.evaluate.every_images', or leave 'at_end' true",
+            )
+        return self
 
 
 class NonFiniteConfig(Section):
@@ -136,7 +179,9 @@ class TrainConfig(Section):
     validate: ValidateConfig | None = None  # type: ignore[assignment]
     """Validation during training; null = none."""
     preview: PreviewConfig | None = None
-    """Preview grids during training; null = none."""
+    """Preview pictures during training; null = none."""
+    evaluate: OnlineEvaluationConfig | None = None
+    """Metrics during training; null = none."""
     non_finite: NonFiniteConfig = NonFiniteConfig()
     time_limit_s: Annotated[float, Field(gt=0.0)] | None = Field(default=None, json_schema_extra=OPERATION)
     """Seconds an attempt may last; null = the launcher's limit, or none."""
@@ -161,6 +206,38 @@ class TrainConfig(Section):
     def micro_batch_for(self, world_size: int) -> int:
         """Images per forward pass of one rank out of `world_size`."""
         return self.micro_batch if self.micro_batch is not None else self.global_batch // world_size
+
+    @model_validator(mode="after")
+    def _first_average(self) -> TrainConfig:
+        """An `ema` that is absent is the first average, so that it stands in the resolved config by name."""
+        for name in WITH_AVERAGE:
+            section = getattr(self, name)
+            if section is not None and "ema" not in section.model_fields_set:
+                # not yet seen by anybody, so still ours to fill in; a "before" validator would cost strict typing
+                self.__dict__[name] = section.model_copy(update={"ema": next(iter(self.ema), None)})
+        return self
+
+    @model_validator(mode="after")
+    def _averages_exist(self) -> TrainConfig:
+        for name in WITH_AVERAGE:
+            chosen = getattr(self, name)
+            if chosen is not None and chosen.ema is not None and chosen.ema not in self.ema:
+                known = ", ".join(self.ema) or "none"
+                raise KeyProblem(
+                    f"train.{name}.ema",
+                    f"'train.{name}.ema' = '{chosen.ema}' is not an average of 'train.ema' (known: {known}); name one, "
+                    "or null",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _previews_happen(self) -> TrainConfig:
+        if self.preview is not None and self.preview.every_images is None and not self.preview.at_images:
+            raise KeyProblem(
+                "train.preview",
+                "'train.preview' never happens: give 'train.preview.every_images' or 'train.preview.at_images'",
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches(self) -> TrainConfig:
@@ -196,7 +273,10 @@ class TrainConfig(Section):
             "save_every": self.save_every,
             "validate.every_images": self.validate.every_images if self.validate else None,
             "preview.every_images": self.preview.every_images if self.preview else None,
+            "evaluate.every_images": self.evaluate.every_images if self.evaluate else None,
         }
+        places = self.preview.at_images if self.preview else []
+        intervals.update({f"preview.at_images.{place}": images for place, images in enumerate(places)})
         for name, images in intervals.items():
             if images is not None and images % self.global_batch:
                 raise _not_a_multiple(name, images, "global_batch", self.global_batch)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError
 
 INDEX_NAME = "index.json"
+FACTS_FOLDER = "facts"  # beside the shards of the stage encode: what each unit made, merged into the index at the end
 FORMAT = "hpc-gen-table-1"
+LABELS = "labels"  # the column of class numbers, int64 []
+Layout = Literal["ptshard", "pt", "npz"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,12 @@ class ColumnInfo:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One shard: file name below the table's folder, rows, size, SHA-256 of the file and of its columns' bytes."""
+    """One shard: file name below the table's folder, rows, size, SHA-256 of the file and of its columns' bytes.
+
+    In a table without an index (data/foreign.py) `sha256` is empty and `content` the hash of the file's directory.
+    """
 
     file: str
     rows: int
@@ -51,6 +58,12 @@ class TableIndex:
     statistics: Mapping[str, Any] = field(default_factory=dict)  # per-channel mean and std, label histogram
     recipe: Mapping[str, Any] = field(default_factory=dict)  # what was asked for; no path of any machine
     bad_images: tuple[str, ...] = ()  # source ids left out because they could not be read
+    layout: Layout = "ptshard"  # ptshard: data/ptshard.py; pt, npz: one row per file, data/row_files.py
+
+    @property
+    def indexed(self) -> bool:
+        """False: nobody has written this index, it was gathered from the files' headers."""
+        return bool(self.shards[0].sha256)
 
     @property
     def rows(self) -> int:
@@ -61,8 +74,8 @@ class TableIndex:
     def identity(self) -> str:
         """SHA-256 of what changes numbers: columns, the content and cut of the shards, classes, tokenizer, recipe.
 
-        Left out: names and sizes of files and their raw hash (another torch may pack the same rows otherwise), and
-        the statistics and list of bad images (both follow from the rest).
+        Left out: names and sizes of files and their raw hash (another torch may pack the same rows otherwise), their
+        layout, and the statistics and list of bad images (both follow from the rest).
         """
         facts = {
             "format": FORMAT,
@@ -93,6 +106,7 @@ class TableIndex:
             "statistics": dict(self.statistics),
             "recipe": dict(self.recipe),
             "bad_images": list(self.bad_images),
+            "layout": self.layout,
         }
 
     def write(self, folder: Path) -> None:
@@ -107,7 +121,7 @@ class TableIndex:
         try:
             document = json.loads(path.read_text())
         except FileNotFoundError:
-            raise DataError(_why_no_index(folder)) from None
+            raise DataError(why_no_index(folder)) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an index ({error}); write the table again") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -143,7 +157,11 @@ class TableIndex:
                 raise ValueError(f"shard file {shard.file!r} lies outside the table")
             if shard.rows < 1 or shard.bytes < 1:
                 raise ValueError(f"shard {shard.file} has {shard.rows} rows in {shard.bytes} bytes")
+        layout = document.get("layout", "ptshard")  # indices of before there were others
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}")
         return cls(
+            layout=layout,
             columns={
                 str(name): ColumnInfo(str(column["dtype"]), tuple(int(size) for size in column["shape"]))
                 for name, column in document["columns"].items()
@@ -158,10 +176,20 @@ class TableIndex:
         )
 
 
-def _why_no_index(folder: Path) -> str:
+def differences(found: Any, asked: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, found, asked) of every leaf in which two JSON objects (recipes, identities) differ."""
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for name in sorted({*found, *asked}):
+            yield from differences(found.get(name), asked.get(name), f"{key}.{name}" if key else name)
+    elif found != asked:
+        yield key, found, asked
+
+
+def why_no_index(folder: Path) -> str:
+    """A sentence on a folder without an index: what it is instead, and the fix."""
     if not folder.is_dir():
         return f"{folder} is not a folder; name an encoded table in data.table, or run the stage encode first"
-    if any(folder.glob("*.pt")):
+    if any(folder.glob("*.pt")) or (folder / FACTS_FOLDER).is_dir():
         return (
             f"{folder} holds shards but no {INDEX_NAME}, so it is not whole: run the stage encode to its end, "
             "or encode it again if another program wrote it"

@@ -95,13 +95,35 @@ def open_shard(
     columns: Mapping[str, ColumnInfo] | None = None,
     rows: int | None = None,
     num_bytes: int | None = None,
+    says: str = "the index says",
 ) -> dict[str, Tensor]:
     """Map a shard into memory: {column: Tensor [N, ...]}, nothing read until it is touched.
 
-    Checked against `columns`, `rows` and `num_bytes` of the index where given. Raises DataError naming the shard, and
-    the column where one is at fault: missing or truncated file, missing column, wrong dtype, shape or row count.
+    Checked against `columns`, `rows` and `num_bytes` where given; `says` names in errors who does. Raises DataError
+    naming the shard, and the column where one is at fault: missing or truncated file, missing column, wrong dtype,
+    shape or row count.
     """
     path = Path(path)
+    check_size(path, num_bytes, says)
+    try:
+        shard: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
+        raise unreadable(path, error) from error
+    if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
+        raise DataError(f"shard {path} is not a dict of tensors; encode the table again")
+    check_columns(path, shard, columns or {}, says)
+    found = num_rows(shard, f"shard {path}")
+    if rows is not None and found != rows:
+        raise DataError(
+            f"shard {path} has {found} rows, {says} {rows}; restore it or encode the table again"
+        )
+    return shard
+
+
+def check_size(path: Path, num_bytes: int | None, says: str = "the index says") -> None:
+    """Raise DataError when a file is not there, or has another size than `num_bytes` where that is given."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -110,39 +132,29 @@ def open_shard(
         ) from error
     if num_bytes is not None and size != num_bytes:
         raise DataError(
-            f"shard {path} has {size} bytes, the index says {num_bytes}; restore it or encode the table again"
+            f"shard {path} has {size} bytes, {says} {num_bytes}; restore it or encode the table again"
         )
-    try:
-        shard: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"shard {path} cannot be read ({reason}); restore it or encode the table again"
-        ) from error
-    if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
-        raise DataError(f"shard {path} is not a dict of tensors; encode the table again")
-    for name, expected in (columns or {}).items():
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What to raise for a file that a library could not read."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"shard {path} cannot be read ({reason}); restore it or encode the table again")
+
+
+def check_columns(path: Path, shard: Mapping[str, Tensor], columns: Mapping[str, ColumnInfo], says: str) -> None:
+    """Raise DataError when a column of `columns` is missing in a shard, or of another dtype or shape than `says`."""
+    for name, expected in columns.items():
         if name not in shard:
             raise DataError(
                 f"shard {path} has no column {name!r} (it has {sorted(shard)}); encode the table again"
             )
-        _check_column(path, name, shard[name], expected)
-    found = num_rows(shard, f"shard {path}")
-    if rows is not None and found != rows:
-        raise DataError(
-            f"shard {path} has {found} rows, the index says {rows}; restore it or encode the table again"
-        )
-    return shard
-
-
-def _check_column(path: Path, name: str, tensor: Tensor, expected: ColumnInfo) -> None:
-    found = ColumnInfo(dtype_name(tensor.dtype), tuple(tensor.shape[1:]))
-    if found != expected:
-        raise DataError(
-            f"shard {path}, column {name!r}: rows are {found.dtype} {list(found.shape)}, the index says "
-            f"{expected.dtype} {list(expected.shape)}; restore it or encode the table again"
-        )
-    if not tensor.is_contiguous():
-        raise DataError(f"shard {path}, column {name!r} is not contiguous; encode the table again")
+        tensor = shard[name]
+        found = ColumnInfo(dtype_name(tensor.dtype), tuple(tensor.shape[1:]))
+        if found != expected:
+            raise DataError(
+                f"shard {path}, column {name!r}: rows are {found.dtype} {list(found.shape)}, {says} "
+                f"{expected.dtype} {list(expected.shape)}; restore it or encode the table again"
+            )
+        if not tensor.is_contiguous():
+            raise DataError(f"shard {path}, column {name!r} is not contiguous; encode the table again")

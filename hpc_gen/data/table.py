@@ -1,5 +1,7 @@
 """A table = a folder of shards and its index; rows are gathered in batches straight from the mapped files.
 
+Folders that another program wrote without an index are read as they are (data/foreign.py).
+
 Rows of a batch are grouped by shard and each group is copied in one numpy call per column: measured faster than any
 worker process (specs/dependencies.md section 7), so the feed reads in one thread of the training process.
 """
@@ -16,12 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpc_gen.data.index import INDEX_NAME, TableIndex
+from hpc_gen.data.foreign import damaged_member, shard_files, survey
+from hpc_gen.data.index import INDEX_NAME, LABELS, TableIndex
 from hpc_gen.data.ptshard import as_bytes, content_sha256, open_shard
+from hpc_gen.data.row_files import ROW_LAYOUTS, RowReader
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, nearest
 
-LABELS = "labels"
 OPEN_SHARDS = 256  # kept mapped at once; must exceed two blocks of the order (data.shuffle_shards)
 
 RowArray = npt.NDArray[Any]  # 1-D; one element = all bytes of one row, so a gather is one memory copy per row
@@ -38,14 +41,22 @@ class Table:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
         self._dtypes = {name: getattr(torch, column.dtype) for name, column in index.columns.items()}
         self._open_shards = open_shards
+        self._class_numbers = {name: number for number, name in enumerate(index.class_names)}
+        inside = {name: column for name, column in index.columns.items() if name != LABELS}
+        self._row_reader = RowReader(index.layout, inside) if index.layout in ROW_LAYOUTS else None
         self._mapped: dict[int, dict[str, RowArray]] = {}
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, folder: Path | str, verify: bool = False) -> Self:
-        """Read the index; with `verify` also check every shard's bytes. Raises DataError with the first problems."""
+        """Read the index; with `verify` also check every shard's bytes. Raises DataError with the first problems.
+
+        Without an index, every file's header is read instead, 0.1 to 0.2 ms each on a local disk: minutes for a million
+        files of one row, so write one with `hpc-gen shards index` first.
+        """
         folder = Path(folder)
-        index = TableIndex.read(folder)
+        indexed = (folder / INDEX_NAME).exists()
+        index = TableIndex.read(folder) if indexed else survey(folder)
         for name, column in index.columns.items():
             if not isinstance(getattr(torch, column.dtype, None), torch.dtype):
                 raise DataError(
@@ -123,7 +134,12 @@ class Table:
     def _open(self, number: int) -> dict[str, Tensor]:
         info = self.index.shards[number]
         path = self.folder / info.file
-        shard = open_shard(path, self.index.columns, info.rows, info.bytes)
+        says = "the index says" if self.index.indexed else "the table was opened with"
+        if self._row_reader is not None:
+            shard = self._row_reader.open(path, info.bytes, says)
+            shard[LABELS] = torch.tensor([self._class_number(info.file)])
+        else:
+            shard = open_shard(path, self.index.columns, info.rows, info.bytes, says)
         labels = shard.get(LABELS)
         if labels is not None and self.index.num_classes:
             low, high = int(labels.min()), int(labels.max())
@@ -134,27 +150,45 @@ class Table:
                 )
         return {name: shard[name] for name in self.index.columns}
 
+    def _class_number(self, file: str) -> int:
+        """The label of a file CLASS/NAME of one row: it is not in the file itself."""
+        name = file.partition("/")[0]
+        if name not in self._class_numbers:
+            raise DataError(f"shard {self.folder / file} lies in a folder that is no class of the index; index it anew")
+        return self._class_numbers[name]
+
     def verify(self, full: bool = True) -> list[str]:
         """Compare the folder with the index; returns the problems as sentences, an empty list when it is whole.
 
-        Always: missing, truncated, misshapen and unlisted shards. `full` also reads every byte and compares SHA-256.
+        Always: missing, truncated, misshapen and unlisted shards. `full` also reads every byte and compares SHA-256, or
+        without an index the CRC-32 that each file carries of its arrays.
         """
         problems: list[str] = []
-        for number, info in enumerate(self.index.shards):
-            path = self.folder / info.file
+        for number in range(len(self.index.shards)):
             try:
                 shard = self._open(number)
             except DataError as error:
                 problems.append(str(error))
                 continue
-            if full and commit.sha256_file(path) != info.sha256:
-                rows = "its rows differ" if content_sha256(shard) != info.content else "its rows are unharmed"
-                problems.append(f"shard {path} has another SHA-256 than the index says ({rows}); restore it")
+            if full:
+                problems += self._damage(number, shard)
         listed = {info.file for info in self.index.shards}
-        for path in sorted(self.folder.glob("*.pt")):
-            if path.name not in listed:
-                problems.append(f"shard {path} is not in the index; move it away")
+        for file in shard_files(self.folder, self.index.layout):
+            if file not in listed:
+                problems.append(f"shard {self.folder / file} is not in the index; move it away")
         return problems
+
+    def _damage(self, number: int, shard: dict[str, Tensor]) -> list[str]:
+        """The problem with the bytes of a shard that could be opened, if there is one."""
+        info = self.index.shards[number]
+        path = self.folder / info.file
+        if not self.index.indexed:
+            member = damaged_member(path)
+            return [f"shard {path} is damaged in {member}; restore it"] if member is not None else []
+        if commit.sha256_file(path) == info.sha256:
+            return []
+        rows = "its rows differ" if content_sha256(shard) != info.content else "its rows are unharmed"
+        return [f"shard {path} has another SHA-256 than the index says ({rows}); restore it"]
 
 
 def _row_array(tensor: Tensor) -> RowArray:

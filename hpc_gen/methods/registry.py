@@ -12,7 +12,13 @@ from pydantic import BaseModel
 from hpc_gen.runtime.errors import UserError, nearest
 
 if TYPE_CHECKING:  # typing a config needs no torch
+    from torch import Tensor
+
+    from hpc_gen.data.table import Table
     from hpc_gen.methods.protocol import Method, TableFacts
+
+    Export = Callable[[str, Mapping[str, Tensor], Any, Table | None], tuple[dict[str, Tensor], dict[str, str]]]
+    Official = Callable[[str, Mapping[str, Tensor], Any, Mapping[str, Tensor]], tuple[dict[str, Tensor], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -20,16 +26,23 @@ class MethodEntry:
     """How a method is configured and built.
 
     `config` types the experiment's `method:` section (without `name`), `settings` types `sample.settings`, `build`
-    makes the method on the meta device from its config and facts of the training table.
+    makes the method on the meta device from its config and facts of the training table. Two hooks for weights of other
+    programs, for methods whose state dict is not theirs already:
+    `export(role, state, config, table)` gives the tensors and metadata that `weights export` writes of a role;
+    `official(role, flat, config, own)` turns a state dict of theirs into one with the keys of `own`, the role's state
+    as this experiment would begin it, with a sentence for each thing that the user should know of.
     """
 
     config: type[BaseModel]
     settings: type[BaseModel]
     build: Callable[[Any, TableFacts], Method]
+    export: Export | None = None
+    official: Official | None = None
 
 
 # name -> "module:ATTRIBUTE" of its MethodEntry; imported only when asked for
 METHODS: dict[str, str] = {
+    "autoencoder": "hpc_gen.methods.autoencoder.recipe:ENTRY",
     "energy": "hpc_gen.methods.energy.recipe:ENTRY",
 }
 

@@ -8,13 +8,28 @@ features are ordinary input. Directions of S1 below float64's resolution are dro
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from hpc_gen.metrics.moments import Moments
 from hpc_gen.runtime.errors import UserError
 
 _EPSILON = torch.finfo(torch.float64).eps
+
+
+class Gaussian(Protocol):
+    """Mean float64 [D] and covariance float64 [D, D]: moments of features, or statistics that were stored."""
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 [D]."""
+        ...
+
+    @property
+    def covariance(self) -> Tensor:
+        """float64 [D, D], symmetric."""
+        ...
 
 
 def trace_of_root(first: Tensor, second: Tensor) -> float:
@@ -29,7 +44,7 @@ def trace_of_root(first: Tensor, second: Tensor) -> float:
     return float(eigenvalues.clamp_min(0.0).sqrt().sum())
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features (FID when they are Inception's); >= 0.
 
     Raises UserError for fewer than two images in a set, or features of other lengths.

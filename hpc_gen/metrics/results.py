@@ -53,12 +53,12 @@ class MetricFile:
         have = ", ".join(record.name for record in self.records)
         raise UserError(f"metrics of tag '{self.tag}' have no '{name}'; they have: {have}")
 
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+    def write(self, path: Path, fence: commit.FenceLike | None = None) -> None:
+        """Write the file, whole or not at all; `fence`: only while the attempt holds the run folder."""
         records = [asdict(record) for record in self.records]
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {"format": FORMAT, "tag": self.tag, "fingerprint": self.fingerprint, "metrics": records}
-        commit.write_json(path, document)
+        commit.write_json(path, document, fence)
 
 
 def read(path: Path) -> MetricFile:

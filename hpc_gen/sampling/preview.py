@@ -1,20 +1,19 @@
-"""Preview grids during training: a few images on all ranks, equal padded blocks, one picture on rank 0."""
+"""Images made during training: equal padded batches on all ranks, the same images from any number of ranks."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hpc_gen.data.table import Table
 from hpc_gen.methods.protocol import Method
-from hpc_gen.runtime.errors import UserError
+from hpc_gen.runtime.errors import UserError, nearest
 from hpc_gen.runtime.randomness import Draws
 from hpc_gen.sampling.generate import Decoder, generate_batch, sampling_mode
-from hpc_gen.sampling.images import grid
 
 PURPOSE = "preview"
 
@@ -48,6 +47,22 @@ class _Labels:
         return self._table.read(ids % self._table.rows, columns)
 
 
+def share_of(num_images: int, batch: int, rank: int, world_size: int) -> list[range]:
+    """Image ids of each batch of one rank: every rank has the same number of full batches, dealt in turn.
+
+    Ids at or above `num_images` are padding, to be thrown away. The cut depends on `batch` alone, so an image has the
+    same neighbours, and the same bits, on any number of ranks.
+    """
+    turns = -(-num_images // (batch * world_size))
+    return [range(n * batch, (n + 1) * batch) for n in range(rank, turns * world_size, world_size)]
+
+
+def in_order(parts: Sequence[Sequence[Tensor]], num_images: int) -> Tensor:
+    """[num_images, ...] by id, from the batches of every rank (`parts[rank][turn]`), as `share_of` dealt them."""
+    turns = range(len(parts[0]))
+    return torch.cat([parts[rank][turn] for turn in turns for rank in range(len(parts))])[:num_images]
+
+
 def preview(
     method: Method,
     labels: Sequence[int],
@@ -56,24 +71,61 @@ def preview(
     ranks: RanksLike,
     poll: Callable[[], None],
     *,
-    columns: int | None = None,
+    batch: int | None = None,
     table: Table | None = None,
     decoder: Decoder | None = None,
-) -> Image.Image | None:
-    """A grid of one image per label on rank 0, None on the others; every rank must call it.
+) -> list[Tensor]:
+    """This rank's batches of images, each uint8 [B, 3, H, W], for `in_order`: image i has label i and the draws of i.
 
-    Each rank makes the same number of images (padding ones are dropped), so collectives inside a sharded network match.
+    Every rank must call it, and makes the same number of images. `batch` None: each rank's whole share. `poll` may
+    raise StopRequested, on all ranks at once. Raises DivergedError for latents that are not finite.
     """
     if not labels:
         raise UserError("train.preview.labels is empty; name at least one label")
-    share = -(-len(labels) // ranks.world_size)
-    ids = torch.arange(ranks.rank * share, (ranks.rank + 1) * share)
+    batch = batch or -(-len(labels) // ranks.world_size)
+    found: list[Tensor] = []
     with sampling_mode(method):
-        draws = Draws(seed, PURPOSE, ids)
-        images = generate_batch(method, _Labels(labels, table), draws, ids, settings, poll, decoder)
-    gathered = ranks.gather_objects(images)
-    if gathered is None:
-        return None
-    together = torch.cat(gathered)[: len(labels)]
-    scale = max(1, 64 // together.shape[-1])  # small images are enlarged to about 64 pixels
-    return grid(together, columns or min(10, len(labels)), scale=scale)
+        for share in share_of(len(labels), batch, ranks.rank, ranks.world_size):
+            ids = torch.tensor(list(share), dtype=torch.int64)
+            draws = Draws(seed, PURPOSE, ids)
+            found.append(generate_batch(method, _Labels(labels, table), draws, ids, settings, poll, decoder))
+    return found
+
+
+def numbered(labels: Sequence[int | str], num_classes: int, names: Sequence[str]) -> list[int]:
+    """Labels as class numbers, given by number or by name. Raises UserError for one that the table does not have."""
+    found: list[int] = []
+    for label in labels:
+        if isinstance(label, str):
+            if label not in names:
+                known = f"{len(names)} names, as '{names[0]}'" if names else "no class names"
+                raise UserError(
+                    f"train.preview.labels names class '{label}'{nearest(label, names)}, but there are {known}; "
+                    "give one of these, or a number"
+                )
+            found.append(list(names).index(label))
+        elif not 0 <= label < max(num_classes, 1):
+            raise UserError(
+                f"train.preview.labels has class {label}, but the table has {num_classes} classes; "
+                f"use 0 to {max(num_classes, 1) - 1}"
+            )
+        else:
+            found.append(label)
+    return found
+
+
+def caption(label: int, num_classes: int, names: Sequence[str]) -> str:
+    """What stands below a picture: "class 3: cat", "class 3" without names, nothing without classes."""
+    if num_classes == 0:
+        return ""
+    return f"class {label}: {names[label]}" if label < len(names) and names[label] else f"class {label}"
+
+
+def file_names(labels: Sequence[int]) -> list[str]:
+    """`class_LABEL.png` per picture; the second of a label is `class_LABEL_2.png`."""
+    seen: Counter[int] = Counter()
+    names: list[str] = []
+    for label in labels:
+        seen[label] += 1
+        names.append(f"class_{label}.png" if seen[label] == 1 else f"class_{label}_{seen[label]}.png")
+    return names

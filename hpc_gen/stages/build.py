@@ -1,30 +1,89 @@
-"""From an experiment to a method: typed config, facts of the table, weights."""
+"""From an experiment to a method: typed config, facts of the table, weights, decoder of its latents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hpc_gen.config.experiment import Experiment
+from hpc_gen import tokenizers
+from hpc_gen.config.experiment import Experiment, TokenizerConfig
+from hpc_gen.data.index import differences
 from hpc_gen.data.table import Table
 from hpc_gen.methods import registry
 from hpc_gen.methods.materialise import materialise
 from hpc_gen.methods.protocol import Method, TableFacts
-from hpc_gen.runtime.errors import CheckpointError, DataError
+from hpc_gen.runtime.errors import CheckpointError, DataError, UserError
+from hpc_gen.sampling.generate import Decoder
+
+MOMENTS = "moments"  # a column that has to be scaled before it is learnt
 
 
 def table_facts(table: Table) -> TableFacts:
     """What a method may know of a table when it is built."""
     columns = {name: (column.dtype, tuple(column.shape)) for name, column in table.index.columns.items()}
-    return TableFacts(num_classes=table.index.num_classes, columns=columns)
+    return TableFacts(num_classes=table.index.num_classes, columns=columns, tokenizer=dict(table.index.tokenizer))
 
 
-def open_table(workspace: Path, path: str) -> Table:
-    """The table at `path`, relative to the workspace. Raises DataError when it is not a whole table."""
-    return Table.open(workspace / path)
+def open_table(workspace: Path, path: str, experiment: Experiment | None = None) -> Table:
+    """The table at `path`, relative to the workspace. Raises DataError when it is not a whole table.
+
+    One that does not say which tokenizer made it (other programs' shards) is taken to be of the tokenizer that
+    `experiment` names; moments of which nobody knows the scale are refused with a UserError.
+    """
+    table = Table.open(workspace / path)
+    if experiment is None or table.index.tokenizer:
+        return table
+    named = tokenizer_config(experiment)
+    if named is not None and named.name != "identity":
+        return Table(table.folder, replace(table.index, tokenizer=tokenizer_identity(experiment, workspace)))
+    if MOMENTS in table.index.columns:
+        raise UserError(
+            f"table {table.folder} holds moments, but nobody says which tokenizer made them and at what scale; set "
+            "data.tokenizer"
+        )
+    return table
+
+
+def tokenizer_config(experiment: Experiment) -> TokenizerConfig | None:
+    """The tokenizer that the experiment names for its table: of the section `encode`, else of `data`."""
+    return experiment.encode.tokenizer if experiment.encode is not None else experiment.data.tokenizer
+
+
+def tokenizer_identity(experiment: Experiment, workspace: Path) -> dict[str, Any]:
+    """Identity of the tokenizer that the experiment names, {} when it names none; its weights are read for that."""
+    named = tokenizer_config(experiment)
+    if named is None:
+        return {}
+    return tokenizers.build(named.name, workspace=workspace, **named.settings()).identity
+
+
+def open_decoder(experiment: Experiment, table: Table, workspace: Path, device: torch.device) -> Decoder | None:
+    """The tokenizer that decodes latents of a method trained on `table`, on `device`; None for a table of pixels.
+
+    Raises UserError when the experiment names none for a table of latents, or another than made the table.
+    """
+    made_by = table.index.tokenizer
+    named = tokenizer_config(experiment)
+    if named is None:
+        if made_by.get("name", "identity") == "identity":
+            return None
+        raise UserError(
+            f"table {table.folder} was made by the tokenizer {made_by['name']!r}, but the experiment names none to "
+            "decode with; set data.tokenizer"
+        )
+    tokenizer = tokenizers.build(named.name, workspace=workspace, device=device, **named.settings())
+    found = differences(dict(made_by), tokenizer.identity) if made_by else ()
+    for key, old, new in sorted(found, key=lambda each: each[0] != "name"):  # another name explains all the rest
+        raise UserError(
+            f"table {table.folder} was made by a tokenizer with {key} = {old!r}, the experiment names one with "
+            f"{new!r}; give {'encode' if experiment.encode is not None else 'data'}.tokenizer the same"
+        )
+    return tokenizer if named.name != "identity" else None
 
 
 def meta_method(experiment: Experiment, facts: TableFacts) -> Method:

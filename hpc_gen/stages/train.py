@@ -6,9 +6,8 @@ claimed or the table is read.
 
 from __future__ import annotations
 
-import io
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,12 @@ from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
-from hpc_gen.sampling.preview import preview
-from hpc_gen.stages.build import check_columns, meta_method, open_table, settings_of, table_facts
+from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet
 from hpc_gen.training.engines.ddp import DdpEngine
 from hpc_gen.training.precision import set_determinism
-from hpc_gen.training.validation import validate
 
 TRAINING_SECTIONS = ("seed", "method", "data", "train")  # what a checkpoint's numbers depend on
 
@@ -162,7 +159,7 @@ def _prepare(
     """Table, method, engine, chain and feed of one attempt, restored to the newest whole checkpoint."""
     experiment = resolved.experiment
     set_determinism(config.deterministic, config.threads)
-    table = open_table(workspace, experiment.data.table)
+    table = open_table(workspace, experiment.data.table, experiment)
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
     modules = materialise(method, experiment.seed)
@@ -193,14 +190,7 @@ def _prepare(
     def open_feed(start_images: int, draw_counter: int) -> Feed:
         return Feed(table, order, plan, turn_draws, start_images, draw_counter, config.end_images)
 
-    facts = {
-        "identity": resolved.identity_of(*TRAINING_SECTIONS),
-        "table": table.identity,
-        "method": str(experiment.method["name"]),
-        "engine": engine.name,
-        "threads": config.threads,
-        "torch": str(torch.__version__),
-    }
+    facts = training_facts(resolved, table, engine.name)
     mirror = WandbMirror(run, experiment.tracking, config=loader.flat(resolved)) if ranks.is_main else None
 
     def published(images_seen: int, final: bool, preempted: bool) -> None:
@@ -222,12 +212,29 @@ def _prepare(
         say=say,
         published=published,
     )
-    job.periodic = _periodic(run, resolved, config, workspace, job, plan, table)
+    job.periodic = periodic_work(Surroundings(run, resolved, workspace, job, table), plan.micro_batch)
     loaded = chain.load_newest()
     _check_identity(loaded, facts)
     loop.restore(job, loaded)
+    if loaded is not None:
+        job.cut_before = ranks.broadcast_object(cuts_at(run, loaded.images_seen) if ranks.is_main else 0)
+    if loaded is not None and "imported" in loaded.facts:  # what the weights began from stays told to the end
+        job.facts = {**facts, "imported": loaded.facts["imported"]}
     _begin(run, job, attempt, resolved, loaded)
     return job
+
+
+def training_facts(resolved: Resolved, table: Table, engine: str) -> dict[str, Any]:
+    """What every checkpoint of a run says of itself; a later attempt compares the first two with its own."""
+    config = _train_config(resolved)
+    return {
+        "identity": resolved.identity_of(*TRAINING_SECTIONS),
+        "table": table.identity,
+        "method": str(resolved.experiment.method["name"]),
+        "engine": engine,
+        "threads": config.threads,
+        "torch": str(torch.__version__),
+    }
 
 
 def _check_identity(loaded: Loaded | None, facts: Mapping[str, Any]) -> None:
@@ -257,82 +264,6 @@ def _begin(run: RunFolder, job: loop.TrainJob, attempt: Attempt, resolved: Resol
         job.say(f"train {run.name}: from the start, {job.ranks.world_size} ranks, attempt {attempt.number}")
     else:
         job.say(f"train {run.name}: from {resumed_from} images, {job.ranks.world_size} ranks, attempt {attempt.number}")
-
-
-def _periodic(
-    run: RunFolder,
-    resolved: Resolved,
-    config: TrainConfig,
-    workspace: Path,
-    job: loop.TrainJob,
-    plan: FeedPlan,
-    table: Table,
-) -> list[loop.Periodic]:
-    """Validation and previews as callables, so that the loop need not know what they are."""
-    experiment = resolved.experiment
-    found: list[loop.Periodic] = []
-    averages = next(iter(config.ema), None)
-
-    def poll() -> None:
-        """Collectives follow, so a rank must not leave alone: the loop agrees on stops between steps."""
-
-    if config.validate is not None and experiment.data.validation_table is not None:
-        held_out: Table = open_table(workspace, experiment.data.validation_table)
-        check_columns(job.method, held_out)
-        chosen = config.validate
-
-        def run_validation(images_seen: int) -> Mapping[str, float]:
-            with job.ema.applied(averages):
-                means = validate(
-                    job.method,
-                    job.engine,
-                    held_out,
-                    chosen,
-                    seed=experiment.seed,
-                    micro_batch=plan.micro_batch,
-                    coupling_group=config.coupling_group,
-                    ranks=job.ranks,
-                    poll=poll,
-                )
-            job.journal.event("validate", images_seen=images_seen, **means)
-            return {f"validation/{name}": value for name, value in means.items()}
-
-        found.append(loop.Periodic("validate", chosen.every_images, run_validation))
-    if config.preview is not None:
-        found.append(_preview(run, resolved, config, job, averages, poll, table))
-    return found
-
-
-def _preview(
-    run: RunFolder,
-    resolved: Resolved,
-    config: TrainConfig,
-    job: loop.TrainJob,
-    averages: str | None,
-    poll: Callable[[], None],
-    table: Table,
-) -> loop.Periodic:
-    assert config.preview is not None
-    chosen, settings = config.preview, settings_of(resolved.experiment, config.preview.settings)
-
-    def run_preview(images_seen: int) -> Mapping[str, float]:
-        with job.ema.applied(averages):
-            seed = resolved.experiment.seed
-            grid = preview(job.method, chosen.labels, seed, settings, job.ranks, poll, table=table)
-        if grid is not None:
-            path = run.previews / f"{images_seen:012d}.png"
-            stream = io.BytesIO()
-            grid.save(stream, format="PNG")
-            try:
-                commit.write_bytes(path, stream.getvalue(), job.chain.fence)
-            except (OSError, UserError) as error:  # a full disk costs the picture, not the training
-                job.journal.event("fault", what="preview was not written", detail=str(error))
-                job.say(f"the preview of {images_seen} images was not written: {error}")
-            else:
-                job.journal.event("preview", images_seen=images_seen, file=path.relative_to(run.path).as_posix())
-        return {}
-
-    return loop.Periodic("preview", chosen.every_images, run_preview)
 
 
 class _Silent(Progress):

@@ -2,48 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from hpc_gen.runtime.errors import UserError, nearest
 from hpc_gen.tokenizers.identity import Identity
+
+CPU = torch.device("cpu")
 
 
 class Tokenizer(Protocol):
     """What encoding and sampling need of a tokenizer."""
 
     name: str
-    column: str  # shard column that `encode` fills
+    columns: tuple[str, ...]  # shard columns that `encode` fills
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that determines its output (name, settings, hash of the weights), JSON-ready, free of paths."""
         ...
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] -> what is stored, [N, ...]."""
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 [N, C, H, W] on the CPU -> what is stored, on the CPU: {column: [N, ...]}, its keys are `columns`."""
         ...
 
-    def decode(self, stored: Tensor) -> Tensor:
-        """What is stored, or generated in its place, -> uint8 [N, C, H, W]."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """What a method makes in place of what is stored, -> uint8 [N, C, H, W] on the same device."""
         ...
 
 
-TOKENIZERS: Mapping[str, Callable[..., Tokenizer]] = {"identity": Identity}
+@runtime_checkable
+class FullPrecision(Protocol):
+    """A tokenizer that can hand over more digits than tables of halves keep (the npz of the seed holds float32)."""
+
+    def encode_float32(self, pixels: Tensor) -> dict[str, Tensor]:
+        """As `encode`, in float32: rounded to half precision it is what `encode` gives."""
+        ...
 
 
-def build(name: str, **settings: Any) -> Tokenizer:
-    """A tokenizer by name. Raises UserError for an unknown name or a setting it does not have."""
+def _identity(workspace: Path, device: torch.device) -> Tokenizer:
+    return Identity()
+
+
+def _kl_vae(
+    workspace: Path,
+    device: torch.device,
+    weights: str,
+    sha256: str | None = None,
+    preset: str | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    scale: float | Sequence[float] | None = None,
+    shift: float | Sequence[float] | None = None,
+) -> Tokenizer:
+    from hpc_gen.tokenizers.kl_vae import KlVae
+
+    return KlVae(
+        workspace=workspace,
+        device=device,
+        weights=weights,
+        sha256=sha256,
+        preset=preset,
+        architecture=architecture,
+        scale=scale,
+        shift=shift,
+    )
+
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"identity": _identity, "kl_vae": _kl_vae}
+"""Factories by name, called with (workspace, device, **settings): what they import is needed by nobody else."""
+
+
+def build(name: str, *, workspace: Path, device: torch.device = CPU, **settings: Any) -> Tokenizer:
+    """A tokenizer by name; paths among its settings are relative to `workspace`, its networks lie on `device`.
+
+    Raises UserError for an unknown name, a setting it does not have or one that it needs, DataError for weights that
+    are not what they claim to be.
+    """
     if name not in TOKENIZERS:
         raise UserError(
             f"unknown tokenizer {name!r}{nearest(name, TOKENIZERS)}; known: {', '.join(sorted(TOKENIZERS))}"
         )
     try:
-        return TOKENIZERS[name](**settings)
+        inspect.signature(TOKENIZERS[name]).bind(workspace=workspace, device=device, **settings)
     except TypeError as error:
-        raise UserError(f"tokenizer {name!r} does not take these settings: {error}") from error
+        raise UserError(f"tokenizer {name!r} does not take these settings: {error}; see config schema") from error
+    return TOKENIZERS[name](workspace=workspace, device=device, **settings)
 
 
-__all__ = ["TOKENIZERS", "Identity", "Tokenizer", "build"]
+__all__ = ["TOKENIZERS", "FullPrecision", "Identity", "Tokenizer", "build"]

@@ -14,20 +14,20 @@ class Identity:
     """uint8 pixels in, the same uint8 pixels out; encoding and decoding copy nothing."""
 
     name = "identity"
-    column = "pixels"
+    columns = ("pixels",)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Only the name: there is nothing to set."""
         return {"name": self.name}
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] -> the same. Raises DataError for anything else."""
-        return _checked(pixels)
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 [N, C, H, W] -> {"pixels": the same}. Raises DataError for anything else."""
+        return {"pixels": _checked(pixels)}
 
-    def decode(self, stored: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """uint8 [N, C, H, W] -> the same. Raises DataError for anything else."""
-        return _checked(stored)
+        return _checked(latents)
 
 
 def _checked(pixels: Tensor) -> Tensor:

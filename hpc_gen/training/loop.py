@@ -17,8 +17,9 @@ from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.data.feed import Feed
 from hpc_gen.methods.protocol import Method
 from hpc_gen.runtime import clock
-from hpc_gen.runtime.errors import CheckpointError, FencedError, HpcGenError
+from hpc_gen.runtime.errors import CheckpointError, FencedError, HpcGenError, StopRequested
 from hpc_gen.runtime.journal import Journal
+from hpc_gen.runtime.memory import peak_host_bytes
 from hpc_gen.runtime.progress import Progress
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.stop import Stop, StopToken
@@ -32,11 +33,19 @@ from hpc_gen.training.state import TrainState
 
 @dataclass(frozen=True)
 class Periodic:
-    """Something done every `every_images`, between steps: validation, previews. It returns values for the row."""
+    """Something done every `every_images` and at `at_images`, between steps: validation, previews, evaluation.
+
+    `action(images_seen)` returns values for the row; it may raise StopRequested, on all ranks at once.
+    """
 
     name: str
-    every_images: int
+    every_images: int | None
     action: Callable[[int], Mapping[str, float]]
+    at_images: frozenset[int] = frozenset()
+
+    def due(self, images_seen: int) -> bool:
+        """Whether it is to be done at this clock."""
+        return images_seen in self.at_images or (self.every_images is not None and images_seen % self.every_images == 0)
 
 
 @dataclass
@@ -45,7 +54,8 @@ class TrainJob:
 
     `open_feed(start_images, draw_counter)` starts the feed; `facts` go into every manifest; `published(images,
     final, preempted)` is told what is committed and how the attempt ends (the wandb mirror); `say` prints a line on
-    rank 0.
+    rank 0. `cut_before`: how often a stop has cut short the validation, previews or evaluation at the clock from which
+    this attempt goes on.
     """
 
     method: Method
@@ -61,6 +71,7 @@ class TrainJob:
     facts: Mapping[str, Any]
     say: Callable[[str], None]
     periodic: Sequence[Periodic] = ()
+    cut_before: int = 0
     published: Callable[[int, bool, bool], None] = lambda images, final, preempted: None
     state: TrainState = field(default_factory=TrainState)
 
@@ -101,9 +112,9 @@ def train(job: TrainJob) -> Stop | None:
     config, guard = job.config, NonFiniteGuard(job.config.non_finite)
     feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
     timing = Timing()
-    stop: Stop | None = None
+    stop: Stop | None = _catch_up(job, timing)
     try:
-        while job.state.images_seen < config.end_images:
+        while stop is None and job.state.images_seen < config.end_images:
             stop = job.stop.agree(job.ranks)
             if stop is not None:
                 break
@@ -131,7 +142,7 @@ def train(job: TrainJob) -> Stop | None:
             else:
                 job.ema.update(job.engine.trained_roles())
                 job.state.add_losses(_row_values(results))
-            _at_intervals(job, timing)
+            stop = _at_intervals(job, timing, job.periodic)
     finally:
         feed.close()
     if job.chain.begun_images != job.state.images_seen:
@@ -174,20 +185,51 @@ def _row_values(results: Mapping[str, StepResult]) -> dict[str, float]:
     return values
 
 
-def _at_intervals(job: TrainJob, timing: Timing) -> None:
-    """Validation and previews, then the row, then the checkpoint: what an undisturbed run does at this clock."""
+def _at_intervals(job: TrainJob, timing: Timing, periodic: Sequence[Periodic]) -> Stop | None:
+    """Validation, previews and evaluation, then the row, then the checkpoint: what an undisturbed run does here.
+
+    A stop that cuts them short is returned: neither a row nor anything of theirs is left, the log interval stays open
+    in the state that is saved then, and the next attempt begins here.
+    """
     images_seen, config = job.state.images_seen, job.config
     extra: dict[str, float] = {}
     begun = clock.monotonic()
-    for periodic in job.periodic:
-        if images_seen % periodic.every_images == 0:
-            extra.update(periodic.action(images_seen))
+    for each in periodic:
+        if each.due(images_seen):
+            try:
+                extra.update(each.action(images_seen))
+            except StopRequested as error:
+                timing.other += clock.monotonic() - begun
+                job.journal.event("cut_short", what=each.name, images_seen=images_seen, detail=error.stop.detail)
+                job.say(f"{each.name} at {images_seen} images was cut short ({error.stop.detail})")
+                return error.stop
     timing.other += clock.monotonic() - begun
     if images_seen % config.log_every == 0 or extra:
         _log(job, timing, extra, close=images_seen % config.log_every == 0)
     if images_seen % config.save_every == 0:
         _note_best(job.state, extra)
-        timing.save_stall += _save(job)
+        if job.chain.begun_images != images_seen:  # not when catching up at the checkpoint that was resumed from
+            timing.save_stall += _save(job)
+    return None
+
+
+def _catch_up(job: TrainJob, timing: Timing) -> Stop | None:
+    """What a stop cut short at the clock from which this attempt goes on is done now.
+
+    Only once, unless training ends here: attempts shorter than an evaluation must still get on with training.
+    """
+    if not job.cut_before:
+        return None
+    images_seen = job.state.images_seen
+    given_up = job.cut_before > 1 and images_seen < job.config.total_images
+    if given_up:
+        names = ", ".join(each.name for each in job.periodic if each.due(images_seen))
+        job.journal.event("dropped", what=names, images_seen=images_seen)
+        job.say(f"{names} at {images_seen} images: cut short in {job.cut_before} attempts, left out now")
+    stop = _at_intervals(job, timing, () if given_up else job.periodic)
+    if stop is None:
+        job.journal.event("caught_up", images_seen=images_seen)
+    return stop
 
 
 def _note_best(state: TrainState, extra: Mapping[str, float]) -> None:
@@ -233,9 +275,15 @@ def _book(job: TrainJob, timing: Timing) -> None:
         data_wait_s=timing.data_wait,
         save_stall_s=timing.save_stall,
         other_s=timing.other,
+        peak_bytes=_peak_bytes(job.ranks.device),
     )
     timing.begun, timing.images = clock.monotonic(), 0
     timing.data_wait = timing.save_stall = timing.other = 0.0
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """Most memory held so far: of tensors on the GPU, of the process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
 
 
 def _save(job: TrainJob) -> float:

@@ -31,6 +31,7 @@ BENCHES = {
     "save": "checkpoint_save",
     "cli": "command_line",
     "draws": "random_draws",
+    "energy": "second_order",
 }
 
 

@@ -92,7 +92,7 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, method: Strict, se
 def test_facts_of_a_table(tmp_path: Path) -> None:
     table(tmp_path / "t", num_classes=7, pixels=PIXELS, labels=LABELS)
     facts = table_facts(open_table(tmp_path, "t"))
-    assert facts == TableFacts(7, {"pixels": ("uint8", (1, 8, 8)), "labels": ("int64", ())})
+    assert facts == TableFacts(7, {"pixels": ("uint8", (1, 8, 8)), "labels": ("int64", ())}, {})
 
 
 def test_no_table_is_refused(tmp_path: Path) -> None:

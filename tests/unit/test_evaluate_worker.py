@@ -14,6 +14,7 @@ from hpc_gen.metrics.results import compare, read
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.sampling.images import png_bytes
 from hpc_gen.sampling.index import read_index
+from hpc_gen.stages.build import open_table
 from tests.support import toy_run
 
 
@@ -60,7 +61,7 @@ def test_metrics_equal_torch_fidelity_on_the_same_images(evaluated):
     workspace, run, _, metrics = evaluated
     network = extractors.spec("random-conv", None, None, workspace).build()
     samples = network(read_index(run.samples("main")).read(range(20))).features
-    pixels = evaluate.open_table(workspace, "tables/train").read(np.arange(24), ["pixels"])["pixels"]
+    pixels = open_table(workspace, "tables/train").read(np.arange(24), ["pixels"])["pixels"]
     reference = network(pixels.expand(-1, 3, -1, -1).contiguous()).features
     module = fidelity._module("metric_fid")
     statistics = [module.fid_features_to_statistics(features.double()) for features in (samples, reference)]
@@ -84,7 +85,7 @@ def test_every_number_says_how_it_was_made(evaluated):
         assert record.subject["plan"]["seed"] == 11
         assert record.subject["checkpoint"]["manifest_sha256"] == plan.checkpoint_manifest_sha256
         assert record.subject["versions"]["torch_fidelity"] == fidelity.version()
-    table = evaluate.open_table(workspace, "tables/train")
+    table = open_table(workspace, "tables/train")
     assert metrics.get("fid").measure["reference"] == {"table": table.identity, "rows": 24}
     assert "singular covariance" in metrics.get("fid").note
 

@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+import toy_tokenizer
 
 from eval_jobs.sample import SampleWorker, worker
+from hpc_gen import tokenizers
+from hpc_gen.data.index import TableIndex
+from hpc_gen.data.write import write_table
 from hpc_gen.runtime.errors import CheckpointError, DataError, StopRequested, UserError
 from hpc_gen.runtime.stop import Cause, Stop
 from hpc_gen.sampling.images import read_png
@@ -152,3 +156,29 @@ def test_png_of_a_block_reads_back(sampled):
     _, run, _, _ = sampled
     index = read_index(run.samples("main"))
     assert torch.equal(read_png(index.path(3)), index.read(range(3, 4))[0])
+
+
+LATENTS = (
+    "method={name: energy, input: moments, image_size: 8, tokenizer_stride: 4, channels: 3, hidden: 8, depth: 1, heads: 2}",
+    "data.tokenizer={name: kl_vae, weights: toy}",
+)
+
+
+def test_latents_are_decoded_by_the_tables_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setitem(tokenizers.TOKENIZERS, "kl_vae", toy_tokenizer.factory)
+    columns = {key: torch.zeros(8, 6, 2, 2).half() for key in ("moments", "moments_flip")}
+    index = write_table(tmp_path / "tables" / "train", columns | {"labels": torch.arange(8) % 4}, shard_rows=8)
+    identity = toy_tokenizer.ToyTokenizer().identity
+    TableIndex(index.columns, index.shards, 4, tokenizer=identity).write(tmp_path / "tables" / "train")
+    run, resolved = toy_run.make_run(tmp_path, *LATENTS)
+    made = _worker(run, resolved, tmp_path)
+    toy_run.do_units(run, made)
+    made.finish()
+    found = read_index(run.samples("main"))
+    assert found.image_shape == (3, 8, 8)
+    squares = _pixels(run).unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
+    assert torch.equal(squares.amax(-1), squares.amin(-1)), "each latent cell is a square of one colour"
+    assert len({image.numpy().tobytes() for image in _pixels(run)}) == 20
+    _, other = toy_run.make_run(tmp_path, *LATENTS, "data.tokenizer.scale=2", "sample.tag=x", "evaluate.tag=x", name="other")
+    with pytest.raises(UserError, match=r"scale = 0\.5, the experiment names one with 2\.0; give data\.tokenizer"):
+        toy_run.do_units(run, _worker(run, other, tmp_path))

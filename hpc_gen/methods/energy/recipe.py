@@ -5,13 +5,17 @@ torch is imported only when a method is built, so that typing a config stays qui
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hpc_gen.methods.energy.config import EnergyConfig, SamplingSettings
 from hpc_gen.methods.protocol import Method, TableFacts
 from hpc_gen.methods.registry import MethodEntry
 from hpc_gen.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Published backbones (patch size 1 on KL16 latents): keys of the experiment's `method:` section.
 SIZES: dict[str, dict[str, int]] = {
@@ -107,4 +111,13 @@ def build(config: EnergyConfig, facts: TableFacts) -> Method:
     return EnergyDiffusion(config, num_classes(config, facts), LatentScale.of(facts.tokenizer))
 
 
-ENTRY = MethodEntry(config=EnergyConfig, settings=SamplingSettings, build=build)
+def official(
+    role: str, flat: Mapping[str, Tensor], config: EnergyConfig, own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What `weights import` makes of an official state dict: see weights.adapt_official."""
+    from hpc_gen.methods.energy.weights import adapt_official
+
+    return adapt_official(role, flat, config, own)
+
+
+ENTRY = MethodEntry(config=EnergyConfig, settings=SamplingSettings, build=build, official=official)

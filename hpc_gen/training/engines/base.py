@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,8 +43,11 @@ class Engine(Protocol):
         """Forward and backward over this rank's micro-batches, reduction, clipping and one optimizer step."""
         ...
 
-    def evaluate(self, turn: Turn, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Global mean of each loss term, and their weighted total `loss`, without gradients; no weight changes."""
+    def evaluate(self, turn: Turn, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
+        """Global mean of each loss term, and their weighted total `loss`, without gradients; no weight changes.
+
+        Micro-batches are taken one by one, and no collective happens before the last one is.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Where a task of the stages after training computes."""
+"""Where a task of units computes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""What the modules of the command line share: arguments that mean the same everywhere, printing, and ending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpc_gen.runtime import env
+
+Workspace = Annotated[
+    Path | None,
+    typer.Option("--workspace", "-w", help="Folder of runs, tables and downloads [$HPC_GEN_WORKSPACE, else here]."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would happen and change nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="For other programs.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Path of a run folder, or a name below WORKSPACE/runs.")]
+TableFolder = Annotated[str, typer.Argument(metavar="TABLE", help="Folder of a table, relative to WORKSPACE.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Experiment file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Keys that replace those of the file.", show_default=False),
+]
+Stages = Annotated[str | None, typer.Option("--stages", help="Only these stages, as in train,sample.")]
+
+
+def say(line: str = "") -> None:
+    """Print one line at once, also into a pipe."""
+    typer.echo(line)
+
+
+def example(*commands: str) -> str:
+    """Text below the options; the backspace keeps click from filling the lines."""
+    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def workspace_of(given: Path | None) -> Path:
+    """The workspace of a command."""
+    return given.absolute() if given is not None else env.workspace()
+
+
+def run_of(text: str, workspace: Path | None) -> Any:
+    """The run folder that an argument means. Raises UserError naming the nearest."""
+    from hpc_gen.stages.control import find_run
+
+    return find_run(text, workspace_of(workspace))
+
+
+def end(code: int) -> None:
+    """Leave with an exit code that a batch script can decide by."""
+    raise typer.Exit(int(code))

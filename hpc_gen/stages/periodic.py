@@ -1,0 +1,180 @@
+"""What training does between steps, put together as callables: validation, previews and evaluation.
+
+All ranks do it side by side and leave it together when a stop is asked for (runtime/agreement.py). A preview or an
+evaluation that comes to nothing (latents that are not finite, degenerate features, a full disk) is journaled and said;
+training goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from hpc_gen.config.experiment import PreviewConfig, TrainConfig, ValidateConfig
+from hpc_gen.runtime import commit, journal
+from hpc_gen.runtime.errors import ExitCode, HpcGenError, StopRequested, UserError
+from hpc_gen.runtime.journal import Event
+from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.sampling.images import captioned_grid, png_bytes
+from hpc_gen.sampling.preview import caption, file_names, in_order, numbered, preview
+from hpc_gen.stages.build import check_columns, open_table, settings_of
+from hpc_gen.stages.class_names import class_names
+from hpc_gen.stages.online import OnlineEvaluation
+from hpc_gen.stages.surroundings import Surroundings, measured, scalars
+from hpc_gen.training import loop
+from hpc_gen.training.validation import validate
+
+HARMLESS = (ExitCode.USER, ExitCode.DATA, ExitCode.DIVERGED)  # failures that cost the picture or score, not the run
+GRID_COLUMNS = 10
+SMALL = 64  # images are enlarged to about this many pixels
+
+
+def periodic_work(around: Surroundings, micro_batch: int) -> list[loop.Periodic]:
+    """Everything that the `train` section asks for between steps, in its order at one clock.
+
+    Raises UserError or DataError now for what would be refused at the first interval. `micro_batch`: images per forward
+    pass of this rank.
+    """
+    config = around.job.config
+    found: list[loop.Periodic] = []
+    if config.validate is not None:
+        found.append(_validation(around, config, config.validate, micro_batch))
+    if config.preview is not None:
+        action = PreviewWork(around, config.preview)
+        places = frozenset(config.preview.at_images)
+        found.append(loop.Periodic("preview", config.preview.every_images, _guarded(around, "preview", action), places))
+    if config.evaluate is not None:
+        evaluation = OnlineEvaluation(around, config.evaluate)
+        end = frozenset([config.total_images] if config.evaluate.at_end else [])
+        action = _guarded(around, "evaluate", evaluation)
+        found.append(loop.Periodic("evaluate", config.evaluate.every_images, action, end))
+    return found
+
+
+def cuts_at(run: RunFolder, images_seen: int) -> int:
+    """How many attempts in a row a stop has cut short what is due at this clock; 0: it is done, or was never begun."""
+    return cuts_of(journal.Reader(run, stage="train", task=0).events(), images_seen)
+
+
+def cuts_of(events: Iterable[Event], images_seen: int) -> int:
+    """As `cuts_at`, from the events of rank 0."""
+    cuts = 0
+    for event in events:
+        if event.kind == "attempt_start" and event.fields.get("resumed_from") != images_seen:
+            cuts = 0  # passed again, from an older checkpoint
+        elif event.fields.get("images_seen") == images_seen:
+            cuts = cuts + 1 if event.kind == "cut_short" else 0 if event.kind == "caught_up" else cuts
+    return cuts
+
+
+def _guarded(
+    around: Surroundings, name: str, action: Callable[[int], Mapping[str, float]]
+) -> Callable[[int], Mapping[str, float]]:
+    """The action, whose harmless failures (the same on every rank) do not end the training."""
+
+    def guarded(images_seen: int) -> Mapping[str, float]:
+        try:
+            return action(images_seen)
+        except StopRequested:
+            raise
+        except HpcGenError as error:
+            if error.exit_code not in HARMLESS:
+                raise
+            around.job.journal.event("fault", what=f"{name} failed", images_seen=images_seen, detail=str(error))
+            around.job.say(f"{name} at {images_seen} images failed and was left out: {error}")
+            return {}
+
+    return guarded
+
+
+def _validation(
+    around: Surroundings, config: TrainConfig, chosen: ValidateConfig, micro_batch: int
+) -> loop.Periodic:
+    path = around.experiment.data.validation_table
+    assert path is not None, "an experiment with train.validate has a held-out table"
+    held_out = open_table(around.workspace, path, around.experiment)
+    check_columns(around.job.method, held_out)
+    job = around.job
+
+    def run_validation(images_seen: int) -> Mapping[str, float]:
+        with job.ema.applied(chosen.ema):
+            means = validate(
+                job.method,
+                job.engine,
+                held_out,
+                chosen,
+                seed=around.experiment.seed,
+                micro_batch=micro_batch,
+                coupling_group=config.coupling_group,
+                ranks=job.ranks,
+                shared=around.shared,
+            )
+        job.journal.event("validate", images_seen=images_seen, ema=chosen.ema, **means)
+        return {f"validation/{name}": value for name, value in means.items()}
+
+    return loop.Periodic("validate", chosen.every_images, run_validation)
+
+
+class PreviewWork:
+    """Pictures of a few classes: `previews/IMAGES.png` with captions, and each alone in `previews/IMAGES/`."""
+
+    def __init__(self, around: Surroundings, config: PreviewConfig) -> None:
+        """Check everything that can be wrong. Raises UserError or DataError."""
+        self._around = around
+        self._config = config
+        num_classes = around.table.index.num_classes
+        names = class_names(around.experiment, around.table, around.workspace)
+        self._labels = numbered(config.labels, num_classes, names)
+        self._captions = [caption(label, num_classes, names) for label in self._labels]
+        self._settings = settings_of(around.experiment, config.settings)
+        self._seed = around.experiment.seed if config.seed is None else config.seed
+        _ = around.decoder  # a tokenizer that does not fit is refused now
+
+    def __call__(self, images_seen: int) -> dict[str, float]:
+        """Make and write the pictures; what the sampler measured is for the row. Raises StopRequested."""
+        job, ranks = self._around.job, self._around.job.ranks
+        measured(job.method)  # not of this preview
+        with job.ema.applied(self._config.ema), self._around.shared() as poll:
+            mine = preview(
+                job.method,
+                self._labels,
+                self._seed,
+                self._settings,
+                ranks,
+                poll,
+                batch=self._config.batch,
+                table=self._around.table,
+                decoder=self._around.decoder,
+            )
+        gathered = ranks.gather_objects(mine)
+        if gathered is not None:
+            self._write(images_seen, in_order(gathered, len(self._labels)))
+        return scalars(ranks.all_gather_objects(measured(job.method)), "preview")
+
+    def _write(self, images_seen: int, images: Tensor) -> None:
+        """Write the files (rank 0); a full disk costs the picture, not the training."""
+        job, run = self._around.job, self._around.run
+        folder = run.previews / f"{images_seen:012d}"
+        grid_path = folder.with_suffix(".png")
+        scale = max(1, SMALL // images.shape[-1])
+        grid = captioned_grid(images, self._captions, min(GRID_COLUMNS, len(images)), scale=scale)
+        paths = [folder / name for name in file_names(self._labels)]
+        try:
+            commit.make_folder(folder)
+            for path, image in zip(paths, images, strict=True):
+                commit.write_bytes(path, png_bytes(image), job.chain.fence)
+            commit.write_bytes(grid_path, png_bytes(grid), job.chain.fence)
+        except (OSError, UserError) as error:
+            job.journal.event("fault", what="preview was not written", detail=str(error))
+            job.say(f"the preview of {images_seen} images was not written: {error}")
+            return
+        job.journal.event(
+            "preview",
+            images_seen=images_seen,
+            file=grid_path.relative_to(run.path).as_posix(),
+            files=[path.relative_to(run.path).as_posix() for path in paths],
+            captions=self._captions,
+            seed=self._seed,
+            ema=self._config.ema,
+        )
