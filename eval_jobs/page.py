@@ -26,6 +26,7 @@ GRID_IMAGES = 80
 GRID_COLUMNS = 10
 MAX_PREVIEWS = 8
 MAX_CHARTS = 12
+ONLINE = "online-"  # metrics/online-IMAGES.json: evaluations during training
 
 METRIC_TITLES = {
     "fid": ("Frechet distance (FID)", "lower is better"),
@@ -244,9 +245,11 @@ def _chart_groups(series: Mapping[str, Sequence[tuple[float, float]]]) -> list[t
 
 
 def _metrics(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
-    """Every number with how it was made, `main` first."""
+    """Every number with how it was made, `main` first; of those made in training the last (charts show all)."""
     found = []
     paths = sorted((run.path / "metrics").glob("*.json"), key=lambda path: (path.stem != "main", path))
+    online = [path for path in paths if path.stem.startswith(ONLINE)]
+    paths = [path for path in paths if path not in online[:-1]]
     for path in paths:
         try:
             found.append({"tag": path.stem, "records": [_record(record) for record in results.read(path).records]})
@@ -262,7 +265,7 @@ def _record(record: MetricRecord) -> dict[str, Any]:
     note = (record.note or "").removeprefix("not available: ")
     extractor = record.measure.get("extractor", {}).get("name", "")
     reference = record.measure.get("reference")
-    against = f"{reference['rows']:,} reference images" if reference else "no reference"
+    against = _against(reference) if reference else "no reference"
     how = f"{record.measure.get('num_images', 0):,} samples, {against}, {extractor}"
     groups = [("How it was measured", _lines(record.measure)), ("What was measured", _lines(record.subject))]
     return {
@@ -275,6 +278,13 @@ def _record(record: MetricRecord) -> dict[str, Any]:
         "how": how,
         "groups": groups,
     }
+
+
+def _against(reference: Mapping[str, Any]) -> str:
+    """The reference in words; statistics of others do not say how many images they were made from."""
+    rows = reference.get("rows")
+    kind = "reference images" if "statistics_sha256" not in reference else "reference images as statistics"
+    return f"{rows:,} {kind}" if rows is not None else "stored statistics"
 
 
 def _lines(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
     Config,
     DryRun,
@@ -153,20 +154,25 @@ _short_form("evaluate", "Compute the metrics of a run.")
 _short_form("report", "Write the report of a run.")
 
 
-@app.command(epilog=example("hpc-gen status demo-mnist16", "hpc-gen status runs/demo-mnist16 --json"))
-def status(run: Run, workspace: Workspace = None, json: Json = False) -> None:
+@app.command(epilog=example("hpc-gen status", "hpc-gen status demo-mnist16 --watch"))
+def status(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Path or name of a run; without it all runs of the workspace.")
+    ] = None,
+    workspace: Workspace = None,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again until the run is over, or Ctrl-C.")] = False,
+    every_s: Annotated[float, typer.Option("--every", help="Seconds between two looks of --watch.")] = 2.0,
+) -> None:
     """What a run has done and is doing, in plain words.
 
-    Stages, attempts, last numbers, goodput and checkpoints, from the run folder alone.
+    Stages, attempts, last numbers, goodput, checkpoints and disk space, from the run folder alone. Without RUN: all
+    runs of the workspace, a line each.
     """
-    from hpc_gen.stages import status as reading
+    from hpc_gen.stages import status_view
 
-    found = reading.status(run_of(run, workspace))
-    if json:
-        _print_json(found.to_json())
-        return
-    for line in reading.lines(found):
-        say(line)
+    folder = run_of(run, workspace) if run is not None else None
+    status_view.tell(folder, workspace_of(workspace), as_json=json, watch=watch, every_s=every_s)
 
 
 @app.command(epilog=example("hpc-gen preempt demo-mnist16 --wait"))
@@ -389,6 +395,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(shards_app, name="shards")
 app.add_typer(weights_app, name="weights")
 app.add_typer(checkpoints_app, name="checkpoints")
+app.add_typer(metrics_app, name="metrics")
 
 
 def main() -> None:

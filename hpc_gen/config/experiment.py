@@ -215,7 +215,7 @@ class ReferenceConfig(Section):
     rows: PositiveInt | None = None
     """Use the first rows of the table only; null = all."""
     statistics: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """File .npz with mu [D] and sigma [D, D] for the Frechet distance, relative to the workspace; null = the table's."""
+    """File .npz with mu [D] and sigma [D, D] for the Frechet distance, relative to the workspace; null = of the table."""
     statistics_sha256: Sha256 | None = None
     """Expected SHA-256 of that file; null = any (what was used stands in the results)."""
 
@@ -293,7 +293,7 @@ class TrackingConfig(Section):
     entity: str | None = Field(default=None, json_schema_extra=OPERATION)
     """wandb user or team; null = the account's default."""
     loss_term: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """Loss term that is published as `loss` and `validation/loss` instead of the total, as in 'mse'; null = the total."""
+    """Loss term that is published as `loss` and `validation/loss` in the total's place, as in 'mse'; null = the total."""
 
 
 class ExtraStage(Section):

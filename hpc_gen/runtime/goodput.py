@@ -84,27 +84,27 @@ def receipt_of(events: Iterable[Event]) -> Goodput:
     for event in events:
         by_attempt[event.attempt, event.stage][event.task].append(event)
     found = attempts_of(events)
-    receipts = []
-    for attempt in found:
-        tasks = by_attempt[attempt.number, attempt.stage]
-        receipts.append(_attempt_receipt(attempt, tasks, _undone_above(attempt, found, by_attempt)))
+    undone_above = _undone_above(found, events)
+    receipts = [
+        _attempt_receipt(attempt, by_attempt[attempt.number, attempt.stage], above)
+        for attempt, above in zip(found, undone_above, strict=True)
+    ]
     seconds = {name: sum(item.seconds[name] for item in receipts) for name in CATEGORIES}
     spans = [(item.start, item.start + item.wall_s) for item in receipts]
     elapsed_s = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
     return Goodput(seconds, receipts, elapsed_s, max(0.0, elapsed_s - _covered(spans)))
 
 
-def _undone_above(
-    attempt: Attempt, found: Sequence[Attempt], by_attempt: dict[tuple[int, str], dict[int, list[Event]]]
-) -> float:
-    """The lowest images_seen from which a later attempt went on: what lay above it was undone."""
-    points = [float("inf")]
-    for later in found:
-        if later.stage == attempt.stage and later.number > attempt.number:
-            began = [e for task in by_attempt[later.number, later.stage].values() for e in task]
-            if any(event.kind == "attempt_start" for event in began):
-                points.append(float(later.resumed_from or 0))
-    return min(points)
+def _undone_above(found: Sequence[Attempt], events: Iterable[Event]) -> list[float]:
+    """For each attempt, the lowest images_seen from which a later one of its stage went on: above it all was undone."""
+    begun = {(event.attempt, event.stage) for event in events if event.kind == "attempt_start"}
+    lowest: dict[str, float] = defaultdict(lambda: float("inf"))
+    above = []
+    for attempt in reversed(found):  # ascending in number, and a number has one attempt per stage
+        above.append(lowest[attempt.stage])
+        if (attempt.number, attempt.stage) in begun:
+            lowest[attempt.stage] = min(lowest[attempt.stage], float(attempt.resumed_from or 0))
+    return above[::-1]
 
 
 def _attempt_receipt(attempt: Attempt, tasks: dict[int, list[Event]], undone_above: float) -> AttemptReceipt:

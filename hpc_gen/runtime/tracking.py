@@ -5,7 +5,8 @@ The recipe is that of specs/wandb_resume.md, section 7.
 The journal is the truth. A row is released only when a checkpoint at or above its images_seen is committed,
 so wandb never holds a row that a resume would undo, and any process may publish at any time: it asks the
 server how many rows it has and sends the rest. The wandb step is the number of the row (steps without holes
-are what wandb can resume); images_seen is a column and the x axis.
+are what wandb can resume); images_seen is a column and the x axis. Keys are those of the journal's rows;
+pace, memory and the pictures of previews come with the rows of their place (tracking_rows.py).
 
 online    a child process publishes what the checkpoints release while training goes on.
 offline   nothing while training; at the end one offline folder from the whole journal, for one `wandb sync`.
@@ -39,8 +40,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from hpc_gen.runtime import clock, commit, env
-from hpc_gen.runtime.journal import Reader, Row, history_of
+from hpc_gen.runtime.errors import nearest
+from hpc_gen.runtime.journal import Reader, Row
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.runtime.tracking_rows import PREVIEW_KEY, Companions, lacks_term, rows_of, with_term
 
 _RETRY_S = 600.0  # a server that was away is asked again after this time
 _INIT_TIMEOUT_S = 20.0
@@ -63,6 +66,10 @@ class TrackingSettings(Protocol):
     @property
     def entity(self) -> str | None:
         """User or team of the wandb run."""
+
+    @property
+    def loss_term(self) -> str | None:
+        """Loss term that is published in the place of the totals."""
 
 
 class MirrorError(RuntimeError):
@@ -95,6 +102,7 @@ class WandbMirror:
             "mode": settings.wandb,
             "project": settings.project,
             "entity": settings.entity,
+            "loss_term": settings.loss_term,
             "config": dict(config or {}),
             "client_settings": dict(client_settings or {}),
         }
@@ -257,10 +265,13 @@ class _Publisher:
         self._handle: Any = None
         self._marker: _Marker | None = None
         self._sent = 0
+        self._companions = Companions([])
+        self._said: set[str] = set()
 
     def serve(self, upto: int, final: bool, preempted: bool) -> bool:
         """Do one request; return whether it was the last."""
-        rows = history_of(self._reader.events(), upto)
+        events = self._reader.events()
+        rows, self._companions = rows_of(events, upto), Companions(events)
         if self._job["mode"] == "offline":
             self._write_offline(rows)
         else:
@@ -382,10 +393,32 @@ class _Publisher:
         return handle
 
     def _log(self, rows: Sequence[Row], numbers: range) -> None:
+        term = self._job["loss_term"]
         for number in numbers:
             row = rows[number]
-            data = {**row.data, "images_seen": row.images_seen, "_timestamp": row.t}
-            self._handle.log(data, step=number, commit=True)
+            if lacks_term(row.data, term):
+                hint = nearest(term, row.data)
+                self._say_once(f"tracking.loss_term '{term}' is no key of the rows{hint}; the total loss is published")
+            data: dict[str, Any] = {**with_term(row.data, term), **self._companions.pace(row), **self._images(row)}
+            self._handle.log({**data, "images_seen": row.images_seen, "_timestamp": row.t}, step=number, commit=True)
+
+    def _images(self, row: Row) -> dict[str, Any]:
+        """The pictures of a preview as wandb's images; one that cannot be read is left out, and said."""
+        import wandb
+
+        images = []
+        for picture in self._companions.pictures(row):
+            path = self._run.path / picture.file
+            try:
+                images.append(wandb.Image(str(path), caption=picture.caption or None))
+            except Exception as error:  # a foreign library reading a picture that somebody may have removed
+                self._say_once(f"{path} is not published: {error}")
+        return {PREVIEW_KEY: images} if images else {}
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            print(f"wandb: {' '.join(text.split())}", file=sys.stderr)
 
     # ---- what is remembered
 

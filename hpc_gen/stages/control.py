@@ -51,13 +51,24 @@ def holder(run: RunFolder) -> Holder | None:
     """Who is at work on a run, or None: the train stage by its lock, other stages by their claim and journal."""
     lock = _read_json(run.lock)
     found = [_as_holder(run, lock, int(lock["attempt"]))] if "attempt" in lock and not lock.get("released") else []
-    last = next(reversed(journal.attempts(run)), None)
+    last = journal.last_attempt(run)
     if last is not None and last.end is None and lock.get("attempt") != last.number:
         claim = read_attempt(run, last.number)
         if claim:
             found.insert(0, _as_holder(run, claim, last.number))
     alive_or_elsewhere = [each for each in found if each.here or each.host != socket.gethostname()]
     return min(alive_or_elsewhere, key=lambda each: not each.here, default=None)
+
+
+def lost_holder(run: RunFolder) -> str | None:
+    """Who holds the lock of this host and is gone without a word, in words; None when nobody is missing."""
+    lock = _read_json(run.lock)
+    if "attempt" not in lock or lock.get("released"):
+        return None
+    found = _as_holder(run, lock, int(lock["attempt"]))
+    if found.here or found.host != socket.gethostname():
+        return None
+    return f"process {found.pid} of attempt {found.attempt}, which holds the lock, is gone; the next attempt takes over"
 
 
 def preempt(run: RunFolder, say: Callable[[str], None], *, dry_run: bool = False, wait_s: float | None = None) -> bool:

@@ -120,7 +120,7 @@ class OnlineEvaluation:
     def _samples(
         self, network: Extractor, plan: SamplePlan
     ) -> tuple[list[Tensor], Tensor | None, tuple[int, ...], dict[str, float]]:
-        """On rank 0 features in batches and logits, elsewhere nothing; shape [3, H, W] of an image; the row's scalars."""
+        """On rank 0 features in batches and logits, elsewhere nothing; shape [3, H, W] of images; the row's scalars."""
         job, ranks = self._around.job, self._around.job.ranks
         wrapped = _Wrapped(plan)
         mine: list[Features] = []

@@ -88,9 +88,7 @@ def _guarded(
     return guarded
 
 
-def _validation(
-    around: Surroundings, config: TrainConfig, chosen: ValidateConfig, micro_batch: int
-) -> loop.Periodic:
+def _validation(around: Surroundings, config: TrainConfig, chosen: ValidateConfig, micro_batch: int) -> loop.Periodic:
     path = around.experiment.data.validation_table
     assert path is not None, "an experiment with train.validate has a held-out table"
     held_out = open_table(around.workspace, path, around.experiment)
@@ -161,10 +159,9 @@ class PreviewWork:
         grid = captioned_grid(images, self._captions, min(GRID_COLUMNS, len(images)), scale=scale)
         paths = [folder / name for name in file_names(self._labels)]
         try:
-            commit.make_folder(folder)
+            commit.write_bytes(grid_path, png_bytes(grid), job.chain.fence)
             for path, image in zip(paths, images, strict=True):
                 commit.write_bytes(path, png_bytes(image), job.chain.fence)
-            commit.write_bytes(grid_path, png_bytes(grid), job.chain.fence)
         except (OSError, UserError) as error:
             job.journal.event("fault", what="preview was not written", detail=str(error))
             job.say(f"the preview of {images_seen} images was not written: {error}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hpc_gen.config import loader
+from hpc_gen.config.errors import ConfigError
 from hpc_gen.config.experiment import Experiment
 from hpc_gen.runtime import clock, goodput, journal
 from hpc_gen.runtime.errors import CheckpointError, ExitCode
-from hpc_gen.runtime.progress import format_count, format_duration
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages.control import Holder, holder
+from hpc_gen.stages.control import Holder, holder, lost_holder, runs_folder
 from hpc_gen.training.checkpoint import manifest
 
 ENDINGS = {
@@ -26,18 +28,34 @@ ENDINGS = {
     ExitCode.REQUEUE_ELSEWHERE: "ended: wants other nodes",
     ExitCode.STOPPED: "stopped by the user, state saved",
 }
+# One word per ending; a kill that nobody lived to tell of is `killed`, any other code `failed`.
+_WORDS = {
+    ExitCode.DONE: "done",
+    ExitCode.REQUEUE: "requeued",
+    ExitCode.REQUEUE_ELSEWHERE: "requeued",
+    ExitCode.STOPPED: "stopped",
+}
+RATE_WINDOW_S = 600.0  # the rate is that of the last ten minutes of the attempt: what an estimate may go by
+DISK_LIMIT_S = 0.2  # a run folder may hold a million small files on a slow file system; nobody waits for their sum
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage: `done` of `total` (None: not known before it ends) in `unit`."""
+    """One stage: `done` of `total` (None: not known before it ends) in `unit`.
+
+    `state`: waiting, running, done, stopped, requeued, killed or failed; `cause`: why, in words, where there is more to
+    say. `rate`: units per second of late, `eta_s`: seconds left at it; None unless the stage is running.
+    """
 
     name: str
     state: str
+    cause: str
     done: int
     total: int | None
     unit: str
     attempts: int
+    rate: float | None = None
+    eta_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class DiskUse:
+    """Bytes that a run folder takes on the disk; `whole`: all files were counted in the time there was."""
+
+    bytes: int
+    whole: bool
+
+
+@dataclass(frozen=True)
 class RunStatus:
-    """Everything `hpc-gen status` tells. Times in seconds; `running` names the process at work."""
+    """Everything `hpc-gen status` tells. Times in seconds; `running` names the process at work.
+
+    `lost_holder`: who held the lock and is gone; `last_seen`: wall time of the newest line of the journal. In the list
+    of all runs `goodput` is empty and `disk` None: they would need every line and every file.
+    """
 
     name: str
     path: str
@@ -66,6 +96,15 @@ class RunStatus:
     checkpoints: list[Checkpoint]
     unreadable: list[str]
     torn_lines: int
+    lost_holder: str | None = None
+    last_seen: float | None = None
+    disk: DiskUse | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be expected: all is done, or a stage failed for good and nobody is at work."""
+        states = {stage.state for stage in self.stages}
+        return self.running is None and (states == {"done"} or "failed" in states)
 
     def to_json(self) -> dict[str, Any]:
         """For other programs; NaN and infinity as text."""
@@ -74,20 +113,59 @@ class RunStatus:
         return found
 
 
+class StatusReader:
+    """Reads the status of a run again and again, of the journal only what is new."""
+
+    def __init__(self, run: RunFolder) -> None:
+        """Nothing is read yet."""
+        self._run = run
+        self._journal = journal.Reader(run)
+
+    def read(self) -> RunStatus:
+        """The status now. Raises ConfigError when the run's config cannot be read."""
+        return _status(self._run, self._journal.events(), whole=True)
+
+
 def status(run: RunFolder) -> RunStatus:
     """Read the state of a run. Raises ConfigError when its config cannot be read."""
+    return StatusReader(run).read()
+
+
+def all_runs(workspace: Path) -> tuple[list[RunStatus], list[str]]:
+    """Status of each run of a workspace by name, in brief, and sentences on those that cannot be read.
+
+    Of each journal only the ends are read, so that many long runs cost little.
+    """
+    found, problems = [], []
+    for path in sorted(runs_folder(workspace).glob("*/config.yaml")):
+        run = RunFolder(path.parent)
+        try:
+            found.append(_status(run, journal.ends(run), whole=False))
+        except ConfigError as error:
+            problems.append(f"{run.name}: {error}")
+    return found, problems
+
+
+def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus:
+    """`whole`: `events` are all there are, else only the ends of the files."""
     resolved = loader.load(run.config_path)
-    events = journal.read(run)
-    attempts = journal.attempts(run)
-    rows = journal.history(run)
-    receipt = goodput.receipt_of(events)
+    attempts = journal.attempts_of(events, journal.claims(run))
+    rows = journal.history_of(event for event in events if event.stage == "train" and event.task == 0)
+    receipt = goodput.receipt_of(events) if whole else None
     running = holder(run)
     checkpoints, unreadable = _checkpoints(run)
     images_seen = max([*(c.images_seen for c in checkpoints), *(row.images_seen for row in rows[-1:])], default=0)
-    stages = [
-        _stage(run, resolved.experiment, name, attempts, images_seen, running)
-        for name in resolved.experiment.stage_order()
-    ]
+    stages: list[StageStatus] = []
+    for name in resolved.experiment.stage_order():
+        mine = [attempt for attempt in attempts if attempt.stage == name]
+        done, total, unit = _amount(run, resolved.experiment, name, images_seen)
+        if running is not None and running.stage == name:
+            rate = _recent_rate(_progress(name, running.attempt, rows, events))
+            left = None if total is None or not rate else max(0.0, (total - done) / rate)
+            stages.append(StageStatus(name, "running", "", done, total, unit, len(mine), rate, left))
+        else:
+            state, cause = _rest(mine[-1] if mine else None, name != "train" or total is None or done >= total)
+            stages.append(StageStatus(name, state, cause, done, total, unit, len(mine)))
     return RunStatus(
         name=run.name,
         path=str(run.path),
@@ -97,61 +175,57 @@ def status(run: RunFolder) -> RunStatus:
         stages=stages,
         attempts=attempts,
         last_row=rows[-1] if rows else None,
-        goodput=receipt.fractions,
-        held_rank_seconds=receipt.total_s,
-        waiting_s=receipt.waiting_s,
+        goodput=receipt.fractions if receipt is not None else {},
+        held_rank_seconds=receipt.total_s if receipt is not None else 0.0,
+        waiting_s=receipt.waiting_s if receipt is not None else 0.0,
         checkpoints=checkpoints,
         unreadable=unreadable,
         torn_lines=events.torn,
+        lost_holder=lost_holder(run) if running is None else None,
+        last_seen=max((attempt.last_seen for attempt in attempts), default=None),
+        disk=disk_use(run.path) if whole else None,
     )
 
 
-def lines(found: RunStatus, now: float | None = None) -> Iterator[str]:
-    """The status in plain words, for a terminal without tables and for logs."""
-    now = clock.now() if now is None else now
-    yield f"{found.name}: {found.state}"
-    yield f"  folder       {found.path}"
-    yield f"  identity     {found.identity[:16]}"
-    for stage in found.stages:
-        amount = f"{stage.done:,} of {stage.total:,}" if stage.total is not None else f"{stage.done:,}"
-        times = f", {stage.attempts} attempt{'s' if stage.attempts > 1 else ''}" if stage.attempts else ""
-        yield f"  {stage.name:<12} {stage.state}: {amount} {stage.unit}{times}"
-    if found.last_row is not None:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(found.last_row.data.items()))
-        yield f"  last row     at {found.last_row.images_seen:,} images: {numbers}"
-    if found.held_rank_seconds > 0:
-        shares = sorted(found.goodput.items(), key=lambda item: -item[1])
-        told = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares if share >= 0.005)
-        held, waited = format_duration(found.held_rank_seconds), format_duration(found.waiting_s)
-        yield f"  goodput      {told} of {held} held (ranks x time); {waited} between attempts"
-    if found.checkpoints:
-        told = ", ".join(f"{c.images_seen:,} ({format_count(c.bytes)}B)" for c in found.checkpoints[-4:])
-        more = f"{len(found.checkpoints) - 4} older, " if len(found.checkpoints) > 4 else ""
-        yield f"  checkpoints  {more}{told}"
-    for problem in found.unreadable:
-        yield f"  checkpoint   {problem}"
-    for attempt in found.attempts:
-        yield f"  {_attempt_line(attempt, found.running, now)}"
-    if found.torn_lines:
-        yield f"  journal      {found.torn_lines} lines were cut off by kills and are left out"
+def disk_use(folder: Path, limit_s: float = DISK_LIMIT_S) -> DiskUse:
+    """What a folder takes on the disk, counted for at most about `limit_s` seconds. Links are not followed."""
+    begun, total, folders = clock.monotonic(), 0, [str(folder)]
+    while folders:
+        if clock.monotonic() - begun > limit_s:
+            return DiskUse(total, False)
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except OSError:
+            continue  # removed meanwhile, or not ours to read: it is not counted
+        for entry in entries:
+            try:
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+            except OSError:
+                continue
+    return DiskUse(total, True)
 
 
-def _attempt_line(attempt: journal.Attempt, running: Holder | None, now: float) -> str:
-    at_work = running is not None and running.attempt == attempt.number and attempt.end is None
-    lasted = format_duration((now if at_work else attempt.end or attempt.last_seen) - attempt.start)
-    start = f" from {attempt.resumed_from:,} images" if attempt.resumed_from is not None else ""
-    width = f", {attempt.world_size} ranks" if attempt.stage == "train" else ""
-    ended = "running" if at_work else _ended(attempt)
-    return f"attempt {attempt.number:<4} {attempt.stage}{start}{width}, {lasted}: {ended}"
-
-
-def _ended(attempt: journal.Attempt) -> str:
+def ending(attempt: journal.Attempt) -> str:
+    """How an attempt that is not at work any more ended, in words."""
     if attempt.exit_code is None:
         return "killed without a word (its last sign of life is the end)"
     known = attempt.exit_code in set(ExitCode)
     word = ENDINGS[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
     told = attempt.cause if attempt.cause not in (None, "done", word) else None
     return f"{word} ({told})" if told else word
+
+
+def _rest(last: journal.Attempt | None, complete: bool) -> tuple[str, str]:
+    """State and cause of a stage that is not running; `complete`: there is nothing left to train."""
+    if last is None:
+        return "waiting", ""
+    if last.exit_code == ExitCode.DONE:
+        return ("done", "") if complete else ("waiting", "ended well, but more images are asked for now")
+    if last.exit_code is None:
+        return "killed", ending(last)
+    return next((word for code, word in _WORDS.items() if code == last.exit_code), "failed"), ending(last)
 
 
 def _state(stages: Sequence[StageStatus], attempts: Sequence[journal.Attempt], running: Holder | None) -> str:
@@ -166,41 +240,41 @@ def _state(stages: Sequence[StageStatus], attempts: Sequence[journal.Attempt], r
     if last.exit_code == ExitCode.DONE:
         return "some stages are left; `hpc-gen resume` goes on"
     hint = "; `hpc-gen resume` goes on" if last.exit_code in (None, ExitCode.REQUEUE, ExitCode.STOPPED) else ""
-    return f"{last.stage} {_ended(last)}{hint}"
+    return f"{last.stage} {ending(last)}{hint}"
 
 
-def _stage(
-    run: RunFolder,
-    experiment: Experiment,
-    name: str,
-    attempts: Sequence[journal.Attempt],
-    images_seen: int,
-    running: Holder | None,
-) -> StageStatus:
-    mine = [attempt for attempt in attempts if attempt.stage == name]
-    finished = bool(mine) and mine[-1].exit_code == ExitCode.DONE
+def _amount(run: RunFolder, experiment: Experiment, name: str, images_seen: int) -> tuple[int, int | None, str]:
+    """What a stage has done, of how much, in which unit."""
     if name == "train":
         assert experiment.train is not None
-        done, unit = images_seen, "images"
-        total: int | None = experiment.train.end_images
-        finished = finished and images_seen >= experiment.train.end_images
-    else:
-        folder = run.ledger(name)
-        done, unit = sum(1 for _ in folder.glob("*.json")) if folder.is_dir() else 0, "units"
-        total = _units(experiment, name)
-    if running is not None and running.stage == name:
-        state = "running"
-    elif finished:
-        state = "done"
-    else:
-        state = _ended(mine[-1]) if mine else "not begun"
-    return StageStatus(name, state, done, total, unit, len(mine))
-
-
-def _units(experiment: Experiment, name: str) -> int | None:
+        return images_seen, experiment.train.end_images, "images"
+    folder = run.ledger(name)
+    done = sum(1 for _ in folder.glob("*.json")) if folder.is_dir() else 0
     if name == "sample" and experiment.sample is not None:
-        return -(-experiment.sample.num_images // experiment.sample.block_images)
-    return 1 if name == "report" else None
+        return done, -(-experiment.sample.num_images // experiment.sample.block_images), "units"
+    return done, 1 if name == "report" else None, "units"
+
+
+def _progress(
+    stage: str, attempt: int, rows: Sequence[journal.Row], events: Sequence[journal.Event]
+) -> list[tuple[float, float]]:
+    """(wall seconds, amount done) of an attempt, ascending: rows of training, committed units else."""
+    if stage == "train":
+        return [(row.t, float(row.images_seen)) for row in rows if row.attempt == attempt]
+    committed = [
+        event.t
+        for event in events
+        if event.kind == "unit_committed" and event.attempt == attempt and event.stage == stage
+    ]
+    return [(t, float(number)) for number, t in enumerate(sorted(committed), 1)]
+
+
+def _recent_rate(points: Sequence[tuple[float, float]]) -> float | None:
+    """Amount per second over the last RATE_WINDOW_S of the points; None when two of them do not tell."""
+    recent = [point for point in points if point[0] >= points[-1][0] - RATE_WINDOW_S]
+    if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
+        return None
+    return max(0.0, (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]))
 
 
 def _checkpoints(run: RunFolder) -> tuple[list[Checkpoint], list[str]]:
@@ -225,3 +299,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return value
+
+

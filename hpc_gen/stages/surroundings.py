@@ -1,4 +1,4 @@
-"""What validation, previews and evaluation during training share: the run around them, and the sampler's measurements."""
+"""What validation, previews and evaluation in training share: the run around them, and the sampler's measurements."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
+from hpc_gen.stages.periodic import cuts_at, periodic_work
+from hpc_gen.stages.surroundings import Surroundings
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet

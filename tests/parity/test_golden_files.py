@@ -22,7 +22,7 @@ from golden_files import (
     official_models,
     roots,
 )
-from golden_handling import ModelFacts, official_differences
+from golden_handling import ModelFacts, load_handlers, official_differences
 from safetensors.torch import save_file
 
 GOOD = {"kind": "k", "owner": "energy", "compare": [{"tensors": "out.*", "rule": "exact"}]}
@@ -122,11 +122,22 @@ def test_expected_failures_name_their_reason() -> None:
 
     assert reason("pd_loss_std") is None
     assert reason("pd_loss_std", owner="no_such_method")
-    assert reason("pd_loss_energy")
+    assert reason("vae", owner="no_such_method", kind="vae")
     assert reason("a_new_case", kind="a_new_kind") is None
     assert official_reason(OfficialModel("energy", "pure_diffusion_base_std_64", anywhere)) is None
-    assert official_reason(OfficialModel("energy", "pure_diffusion_base_energy_64", anywhere))
+    assert official_reason(OfficialModel("energy", "mar_base", anywhere))
+    assert official_reason(OfficialModel("no_such_method", "anything", anywhere))
     assert all(why for _, _, why in CASES + OFFICIAL)
+
+
+def test_what_belongs_to_no_method_is_checked_before_its_owner_is_there() -> None:
+    load_handlers()
+    anywhere = Path("x.json")
+    shared = {**GOOD, "kind": "vae", "owner": "no_such_method", "shared": True}
+    assert case_reason(Case("dim", "vae_small", anywhere, shared)) is None
+    assert case_reason(Case("dim", "vae_small", anywhere, {**shared, "kind": "never_heard_of"}))
+    assert case_reason(Case("dim", "vae_small", anywhere, {**shared, "shared": False}))
+    assert official_reason(OfficialModel("dim", "sd_vae_kl_f8", anywhere)) is None
 
 
 def test_official_comparison_sees_each_difference() -> None:
@@ -152,7 +163,7 @@ def test_damaged_unknown_and_expected_cases_in_a_whole_run(tmp_path: Path) -> No
     """A run over one damaged, one unknown and one expected case: collection stands, exactly the first two are red."""
     write(tmp_path, "broken", "{")
     write(tmp_path, "unknown", {**GOOD, "kind": "never_heard_of"})
-    write(tmp_path, "pd_opt_step", {**GOOD, "kind": "pd_opt_step"})
+    write(tmp_path, "expected", {**GOOD, "kind": "never_heard_of", "owner": "no_such_method"})
     command = [
         sys.executable,
         "-m",

@@ -62,6 +62,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[tuple[str, str], RemoteRun] = {}
         self.operations: list[str] = []
+        self.uploads: list[str] = []  # names of files sent, as in run-id/media/images/preview_0_HASH.png
         self.available = True
         self.lock = threading.RLock()
         self._answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -212,7 +213,10 @@ class WandbServer:
                     self._reply({})
 
             def do_PUT(self) -> None:
-                self._body()
+                body = self._body()
+                if server.available and body:
+                    with server.lock:
+                        server.uploads.append(self.path.removeprefix("/upload/"))
                 self._reply({})
 
             def log_message(self, format: str, *args: Any) -> None:

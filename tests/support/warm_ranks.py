@@ -161,6 +161,14 @@ def train(run: Any, overrides: Sequence[str], fault: dict[str, Any], rank: int) 
                     os.kill(os.getpid(), signal.SIGKILL)
             return super().agree(ranks)
 
+        polls = 0
+
+        def poll(self) -> Stop | None:
+            self.polls += 1
+            if mine and fault["name"] == "stop at poll" and self.polls == fault["poll"]:
+                self.request(Cause.PREEMPTED, "the test")
+            return super().poll()
+
     resolved = run_setup.typed(loader.load(run.config_path, list(overrides)))
     return int(run_train(run, resolved, run.path.parents[1], Token(run)))
 

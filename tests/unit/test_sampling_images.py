@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hpc_gen.runtime.errors import DataError
-from hpc_gen.sampling.images import grid, pixel_sha256, png_bytes, read_png, write_png
+from hpc_gen.sampling.images import captioned_grid, grid, pixel_sha256, png_bytes, read_png, write_png
 
 
 def _image(seed: int = 0, size: int = 9) -> torch.Tensor:
@@ -62,3 +62,29 @@ def test_grid_places_images_in_rows():
 def test_grid_needs_images():
     with pytest.raises(ValueError, match="a grid needs images"):
         grid(torch.zeros(0, 3, 2, 2, dtype=torch.uint8), columns=2)
+
+
+def test_captioned_grid_draws_below_each_picture():
+    images = torch.stack([torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (10, 20, 30)])
+    captions = ["class 0: cat", "class 1: a name that is far too long for one line and for two lines and for three", ""]
+    picture = np.asarray(captioned_grid(images, captions, columns=2, scale=4, gap=8, cell_width=96))
+    assert picture.shape[1] == 2 * (96 + 8) + 8
+    for i, value in enumerate((10, 20, 30)):  # the pixels themselves, centred in their cells
+        left, top = 8 + (i % 2) * 104 + (96 - 32) // 2, 8 + (i // 2) * (picture.shape[0] - 8) // 2
+        assert (picture[top : top + 32, left : left + 32] == value).all()
+        below = picture[top + 32 : top + 32 + 45, 8 + (i % 2) * 104 : 8 + (i % 2) * 104 + 96]
+        assert (below.min() < 100) == bool(captions[i])  # ink where there is a caption, none elsewhere
+    assert (picture[:, :8] == 255).all() and (picture[:, -8:] == 255).all()  # nothing runs over the edge
+
+
+def test_captions_with_letters_that_the_font_lacks():
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    same = [captioned_grid(images, [text], 1).tobytes() for text in ("class 0: café", "class 0: cafe")]
+    assert same[0] == same[1]
+
+
+def test_captioned_grid_without_captions_is_the_grid():
+    images = torch.stack([_image(0), _image(1)])
+    assert captioned_grid(images, ["", ""], 2, scale=2).tobytes() == grid(images, 2, scale=2).tobytes()
+    with pytest.raises(ValueError, match="2 images have 1 captions"):
+        captioned_grid(images, ["a"], 2)

@@ -34,6 +34,7 @@ class Settings:
     wandb: str = "online"
     project: str | None = "digits"
     entity: str | None = None
+    loss_term: str | None = None
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ checkpoint = folder.path / "checkpoint"
 resumed = int(checkpoint.read_text()) if checkpoint.exists() else None
 journal = Journal(folder, attempt, "train")
 journal.event("attempt_start", resumed_from=resumed, world_size=1)
-settings = SimpleNamespace(wandb="online", project="digits", entity=None)
+settings = SimpleNamespace(wandb="online", project="digits", entity=None, loss_term=None)
 patience_s = 2 if ending == "no server" else 30
 fast = {"x_file_stream_transmit_interval": 1, "init_timeout": patience_s, "finish_timeout": 30}
 mirror = WandbMirror(folder, settings, client_settings=fast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def run(
         table,
         config,
         ranks=ranks,
-        poll=lambda: (polls if polls is not None else []).append(1),
+        shared=lambda: nullcontext(lambda: (polls if polls is not None else []).append(1)),
         **settings,
     )
 

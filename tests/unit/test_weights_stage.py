@@ -16,6 +16,7 @@ import torch
 from experiments import LINEAR, TINY, Workspace, leftovers, make_workspace, resolved
 from torch import Tensor
 
+from hpc_gen.cli_weights import weights_export
 from hpc_gen.methods import registry
 from hpc_gen.methods.materialise import materialise
 from hpc_gen.runtime import commit, journal
@@ -24,7 +25,8 @@ from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.tensor_files import metadata_of, read_tensors, write_tensors
 from hpc_gen.stages import run_setup, weights_transfer
 from hpc_gen.stages.build import build_method, meta_method, open_table, table_facts
-from hpc_gen.stages.status import lines, status
+from hpc_gen.stages.status import status
+from hpc_gen.stages.status_view import lines
 from hpc_gen.stages.weights import differences, list_weights, verify_weights
 from hpc_gen.stages.weights_transfer import export_weights, import_weights
 from hpc_gen.training.checkpoint import manifest, read, storage
@@ -308,6 +310,7 @@ def test_what_a_run_does_not_have_is_named(workspace: Workspace) -> None:
     )
     refuses(UserError, lambda: export_weights(run, print, ema="main", raw=True), "exclude one another")
     refuses(UserError, lambda: export_weights(run, print, role="x"), f"no role 'x'; it has: {ROLE}")
+    refuses(UserError, lambda: weights_export("made", checkpoint="newest"), "--checkpoint is 'newest'", "or latest")
     said: list[str] = []
     assert not export_weights(run, said.append, dry_run=True).exists()
     assert "would write role 'denoiser' (main)" in said[0] and not run.exports.exists()
