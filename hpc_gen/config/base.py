@@ -37,6 +37,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 OPERATION: dict[str, Any] = {"operation": True}
 """`json_schema_extra` of keys that say how and where work runs but never change a number (not in the identity)."""
+WHEN_SET: dict[str, Any] = {"when_set": True}
+"""`json_schema_extra` of keys that are part of the identity only when not null: experiments without keep theirs."""
 
 
 class Section(BaseModel):
@@ -47,8 +49,12 @@ class Section(BaseModel):
 
 def is_operation(field: FieldInfo) -> bool:
     """Whether a field is marked as operation only."""
+    return _is_marked(field, "operation")
+
+
+def _is_marked(field: FieldInfo, mark: str) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("operation"))
+    return isinstance(extra, dict) and bool(extra.get(mark))
 
 
 def split(value: Any) -> tuple[Any, Any]:
@@ -60,6 +66,8 @@ def split(value: Any) -> tuple[Any, Any]:
             inner = getattr(value, name)
             if is_operation(field):
                 operation[name] = plain(inner)
+                continue
+            if inner is None and _is_marked(field, "when_set"):
                 continue
             identity[name], inner_operation = split(inner)
             if inner_operation:

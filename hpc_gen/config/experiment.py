@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_gen.config.base import OPERATION, EntryName, FolderName, KeyName, NonEmpty, PositiveInt, Section, Sha256
+from hpc_gen.config.daily import InitFromConfig, NotifyConfig
 from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.kl_vae import KlVaeConfig
 from hpc_gen.config.train import (
@@ -33,7 +34,9 @@ __all__ = [
     "Experiment",
     "ExtraStage",
     "ExtractorConfig",
+    "InitFromConfig",
     "NonFiniteConfig",
+    "NotifyConfig",
     "OnlineEvaluationConfig",
     "OptimizerConfig",
     "PreviewConfig",
@@ -102,6 +105,8 @@ class DataConfig(Section):
     """Global batches that are read and drawn ahead."""
     class_names: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
     """File of names for captions, a line "ID NAME" per class, relative to the workspace; null = those of the table."""
+    forecast: Literal["refuse", "warn", "off"] = Field(default="refuse", json_schema_extra=OPERATION)
+    """A stage whose files will not fit on the disk: refuse = it does not start; warn = it says so; off = no look."""
     tokenizer: TokenizerConfig | None = None
     """What made the latents of the table and decodes them, where no section 'encode' says so; null = nothing did."""
 
@@ -215,7 +220,7 @@ class ReferenceConfig(Section):
     rows: PositiveInt | None = None
     """Use the first rows of the table only; null = all."""
     statistics: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """File .npz with mu [D] and sigma [D, D] for the Frechet distance, relative to the workspace; null = of the table."""
+    """File .npz with mu [D] and sigma [D, D] for the Frechet distance, relative to the workspace; null = the table."""
     statistics_sha256: Sha256 | None = None
     """Expected SHA-256 of that file; null = any (what was used stands in the results)."""
 
@@ -293,7 +298,7 @@ class TrackingConfig(Section):
     entity: str | None = Field(default=None, json_schema_extra=OPERATION)
     """wandb user or team; null = the account's default."""
     loss_term: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """Loss term that is published as `loss` and `validation/loss` in the total's place, as in 'mse'; null = the total."""
+    """Loss term that is published as `loss` and `validation/loss` in place of the total, as in mse; null = total."""
 
 
 class ExtraStage(Section):
@@ -325,6 +330,8 @@ class Experiment(Section):
     evaluate: EvaluateConfig | None = None
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
+    notify: NotifyConfig | None = Field(default=None, json_schema_extra=OPERATION)
+    """Command that is told how each stage ended; null = nobody is."""
     stages: list[str] | None = Field(default=None, json_schema_extra=OPERATION)
     """Stages to run, in order; null = every configured one."""
     extra_stages: dict[KeyName, ExtraStage] = Field(default_factory=dict)

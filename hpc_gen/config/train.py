@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_gen.config.base import OPERATION, KeyName, PositiveInt, Section
+from hpc_gen.config.base import OPERATION, WHEN_SET, KeyName, PositiveInt, Section
+from hpc_gen.config.daily import InitFromConfig
 from hpc_gen.config.errors import KeyProblem
 
 # `validate` is the right word for the key; pydantic's deprecated class method of that name is never called here.
@@ -162,6 +163,8 @@ class TrainConfig(Section):
     deterministic: bool = True
     """Only deterministic kernels, no autotuning: what "bit for bit" refers to on GPUs."""
     engine: EngineConfig = EngineConfig()
+    init_from: InitFromConfig | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """Weights that training begins from where there is no checkpoint yet; null = the method's initial values."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the networks' matrix products; masters, averages and losses are always fp32."""
     optimizer: OptimizerConfig

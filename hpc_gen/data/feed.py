@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from hpc_gen.data.ordered import Order, OrderedReader
 from hpc_gen.data.ptshard import as_bytes
 from hpc_gen.data.table import Table
 from hpc_gen.runtime import clock
@@ -28,14 +28,6 @@ Int64Array = npt.NDArray[np.int64]
 TurnDraws = Callable[[int], Sequence[tuple[str, Mapping[str, Draw]]]]
 
 POLL_S = 0.1  # how often a waiting side looks whether the other has ended
-
-
-class Order(Protocol):
-    """What a feed needs of an order; `BlockShuffle` is one."""
-
-    def rows(self, positions: Int64Array) -> Int64Array:
-        """Row of each position."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ class Feed:
                 f"{plan.global_batch}"
             )
         self.wait_s = 0.0  # seconds __next__ has waited, in total
-        self._table, self._order, self._plan, self._turn_draws = table, order, plan, turn_draws
+        self._reader, self._plan, self._turn_draws = OrderedReader(table, order, plan.columns), plan, turn_draws
         self._start, self._end, self._draw_counter = start_images, end_images, draw_counter
         self._streams: dict[str, Stream] = {}
         self._queue: queue.Queue[Iteration | BaseException | None] = queue.Queue(plan.prefetch)
@@ -209,8 +201,7 @@ class Feed:
         plan = self._plan
         first = images_seen + plan.rank * plan.share
         positions = np.arange(first, first + plan.share, dtype=np.int64)
-        rows = self._order.rows(positions)
-        batch = self._table.read(rows, plan.columns)
+        rows, batch = self._reader.read(first, first + plan.share)
         groups = positions[:: plan.coupling_group] // plan.coupling_group
         draws: dict[str, dict[str, Tensor]] = {}
         per_group: list[tuple[Tensor, bool]] = []

@@ -47,6 +47,11 @@ class BlockShuffle:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._blocks: OrderedDict[int, Int64Array] = OrderedDict()
 
+    @property
+    def shards_at_once(self) -> int:
+        """Shards that batches in order read from at a time: those of two blocks, for a batch may lie across both."""
+        return 2 * self.shuffle_shards
+
     def rows(self, positions: npt.NDArray[np.int64]) -> Int64Array:
         """Row of each position, int64 [n]; positions may come in any order and cross epochs."""
         positions = np.asarray(positions, dtype=np.int64)
@@ -63,6 +68,13 @@ class BlockShuffle:
                 here = in_epoch[blocks == block]
                 rows[here] = self._block(epoch_number, block)[places[here] - epoch.block_starts[block]]
         return rows
+
+    def block(self, position: int) -> tuple[int, Int64Array]:
+        """The block that holds a position: the position at which it begins, and its rows in order (read-only)."""
+        epoch_number, place = divmod(position, self.num_rows)
+        starts = self._epoch(epoch_number).block_starts
+        block = int(np.searchsorted(starts, place, side="right")) - 1
+        return epoch_number * self.num_rows + int(starts[block]), self._block(epoch_number, block)
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
@@ -86,6 +98,7 @@ class BlockShuffle:
             [np.arange(self._shard_starts[s], self._shard_starts[s] + self._shard_rows[s]) for s in shards]
         )
         rows: Int64Array = table_order[permutation(self.seed, "order/block", key, table_order.size)]
+        rows.setflags(write=False)
         self._blocks[key] = rows
         while len(self._blocks) > KEPT_BLOCKS:
             self._blocks.popitem(last=False)

@@ -2,16 +2,17 @@
 
 Folders that another program wrote without an index are read as they are (data/foreign.py).
 
-Rows of a batch are grouped by shard and each group is copied in one numpy call per column: measured faster than any
-worker process (specs/dependencies.md section 7), so the feed reads in one thread of the training process.
+Rows are copied in one numpy call per column (data/mapped.py): measured faster than any worker process
+(specs/dependencies.md section 7), so the feed reads in one thread of the training process.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,22 @@ from torch import Tensor
 
 from hpc_gen.data.foreign import damaged_member, shard_files, survey
 from hpc_gen.data.index import INDEX_NAME, LABELS, TableIndex
-from hpc_gen.data.ptshard import as_bytes, content_sha256, open_shard
+from hpc_gen.data.mapped import Int64Array, MappedShards, Shard
+from hpc_gen.data.ptshard import content_sha256, open_shard
 from hpc_gen.data.row_files import ROW_LAYOUTS, RowReader
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, nearest
 
-OPEN_SHARDS = 256  # kept mapped at once; must exceed two blocks of the order (data.shuffle_shards)
+OPEN_SHARDS = 256  # kept mapped at once where no feed says how many its order needs
+KEPT_ROWS = 256  # of layouts of one row per file
 
-RowArray = npt.NDArray[Any]  # 1-D; one element = all bytes of one row, so a gather is one memory copy per row
+
+class RowReads(Protocol):
+    """Rows that will be read; see `Table.plan`."""
+
+    def read(self, begin: int, end: int) -> dict[str, Tensor]:
+        """Rows number `begin` to `end` of the plan, at least one: {column: Tensor [n, ...]}, the caller's own."""
+        ...
 
 
 class Table:
@@ -39,12 +48,11 @@ class Table:
         self.index = index
         self.shard_rows: list[int] = [shard.rows for shard in index.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
-        self._dtypes = {name: getattr(torch, column.dtype) for name, column in index.columns.items()}
-        self._open_shards = open_shards
         self._class_numbers = {name: number for number, name in enumerate(index.class_names)}
         inside = {name: column for name, column in index.columns.items() if name != LABELS}
         self._row_reader = RowReader(index.layout, inside) if index.layout in ROW_LAYOUTS else None
-        self._mapped: dict[int, dict[str, RowArray]] = {}
+        self._mapped = MappedShards(self._starts, index.columns, self._open, open_shards)
+        self._rows: dict[int, Shard] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -86,50 +94,62 @@ class Table:
         Raises DataError for an unknown column, a row outside the table, or a shard that is not what the index says.
         """
         wanted = np.ascontiguousarray(rows, dtype=np.int64).reshape(-1)
+        if not wanted.size:
+            self._check_columns(columns)
+            return {name: self._empty(name, 0) for name in columns}
+        return self.plan(wanted, columns).read(0, wanted.size)
+
+    def plan(self, rows: Int64Array, columns: Sequence[str]) -> RowReads:
+        """Rows [n], n >= 1, to be read piece by piece; what can be done for all of them at once is done now.
+
+        Raises DataError as `read`.
+        """
+        self._check_columns(columns)
+        if self._row_reader is None:
+            planned = self._mapped.plan(rows, columns)
+            if planned is not None:
+                return planned
+        if rows.min() < 0 or rows.max() >= self.rows:
+            raise DataError(
+                f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}"
+            )
+        return _PlannedFiles(self, rows, tuple(columns))
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
         for name in columns:
             if name not in self.index.columns:
                 valid = sorted(self.index.columns)
                 raise DataError(
                     f"table {self.folder} has no column {name!r}{nearest(name, valid)}; it has {valid}"
                 )
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.rows):
-            raise DataError(
-                f"table {self.folder} has {self.rows} rows; asked for {wanted.min()} to {wanted.max()}"
-            )
-        batch: dict[str, Tensor] = {}
-        targets: dict[str, RowArray] = {}
-        for name in columns:
-            batch[name] = torch.empty(
-                (wanted.size, *self.index.columns[name].shape), dtype=self._dtypes[name]
-            )
-            targets[name] = _row_array(batch[name])
-        if wanted.size:
-            self._gather(wanted, targets)
+
+    def read_files(self, wanted: Int64Array, columns: Sequence[str]) -> dict[str, Tensor]:
+        """As `read`, where each row is a file of its own."""
+        batch = {name: self._empty(name, wanted.size) for name in columns}
+        for place, number in enumerate(wanted.tolist()):
+            row = self._row(number)
+            for name, target in batch.items():
+                target[place] = row[name][0]
         return batch
 
-    def _gather(self, wanted: npt.NDArray[np.int64], targets: dict[str, RowArray]) -> None:
-        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        by_shard = np.argsort(shard_of, kind="stable")
-        shard_sorted = shard_of[by_shard]
-        local = wanted[by_shard] - self._starts[shard_sorted]
-        cuts = (np.flatnonzero(np.diff(shard_sorted)) + 1).tolist()
-        for begin, end in zip([0, *cuts], [*cuts, wanted.size], strict=True):
-            source = self._shard(int(shard_sorted[begin]))
-            places, picks = by_shard[begin:end], local[begin:end]
-            for name, target in targets.items():
-                target[places] = source[name][picks]
+    def keep_open(self, shards: int) -> None:
+        """Hold at most so many shards mapped: as many as the order reads from at a time, or each is opened anew."""
+        self._mapped.limit = max(1, shards)
 
-    def _shard(self, number: int) -> dict[str, RowArray]:
-        arrays = self._mapped.get(number)
-        if arrays is None:
-            arrays = {name: _row_array(tensor) for name, tensor in self._open(number).items()}
+    def _empty(self, name: str, rows: int) -> Tensor:
+        column = self.index.columns[name]
+        return torch.empty((rows, *column.shape), dtype=getattr(torch, column.dtype))
+
+    def _row(self, number: int) -> Shard:
+        """A file of one row, from memory when it was read of late."""
+        row = self._rows.get(number)
+        if row is None:
+            row = self._open(number)
             with self._lock:
-                self._mapped[number] = arrays
-                while len(self._mapped) > self._open_shards:
-                    del self._mapped[
-                        next(iter(self._mapped))
-                    ]  # the one mapped first; batches in use keep theirs
-        return arrays
+                self._rows[number] = row
+                while len(self._rows) > KEPT_ROWS:
+                    del self._rows[next(iter(self._rows))]  # the one read first
+        return row
 
     def _open(self, number: int) -> dict[str, Tensor]:
         info = self.index.shards[number]
@@ -191,10 +211,13 @@ class Table:
         return [f"shard {path} has another SHA-256 than the index says ({rows}); restore it"]
 
 
-def _row_array(tensor: Tensor) -> RowArray:
-    """A contiguous tensor [N, ...] as a 1-D array whose elements are whole rows, sharing its memory."""
-    if tensor.shape[0] == 0:
-        return np.empty(0, dtype=np.void)
-    as_2d = as_bytes(tensor).numpy()
-    size = as_2d.shape[1]
-    return as_2d.view(f"u{size}" if size in (1, 2, 4, 8) else f"V{size}").reshape(-1)
+@dataclass(frozen=True)
+class _PlannedFiles:
+    """Rows that are a file each: nothing can be done ahead."""
+
+    table: Table
+    rows: Int64Array
+    columns: tuple[str, ...]
+
+    def read(self, begin: int, end: int) -> dict[str, Tensor]:
+        return self.table.read_files(self.rows[begin:end], self.columns)

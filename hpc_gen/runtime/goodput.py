@@ -115,9 +115,7 @@ def _attempt_receipt(attempt: Attempt, tasks: dict[int, list[Event]], undone_abo
     for task in tasks.values():
         for name, value in _task_seconds(task, end, undone_above).items():
             seconds[name] += value * world_size / len(tasks)
-    return AttemptReceipt(
-        attempt.number, attempt.stage, world_size, attempt.start, end - attempt.start, seconds
-    )
+    return AttemptReceipt(attempt.number, attempt.stage, world_size, attempt.start, end - attempt.start, seconds)
 
 
 def _task_seconds(events: Sequence[Event], attempt_end: float, undone_above: float) -> dict[str, float]:

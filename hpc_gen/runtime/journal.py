@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hpc_gen.runtime import clock
 from hpc_gen.runtime.run_folder import RunFolder
@@ -155,7 +155,8 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------- reading
 
 
-class Event(NamedTuple):
+@dataclass(slots=True)  # not frozen: there may be hundreds of thousands, and a frozen one takes three times as long
+class Event:
     """One line of the journal; `t` in wall seconds of the host that wrote it."""
 
     attempt: int
@@ -203,7 +204,7 @@ def _parse(lines: list[bytes]) -> list[Any]:
     """The content of each line, None for a torn one.
 
     All lines go to the parser at once, which takes a third of the time of one by one. Should that fail, halves are
-    tried, down to the torn line. (Pieces of torn lines might fit together, but then there are fewer objects than lines.)
+    tried, down to the torn line. Pieces of torn lines might fit together, but then there are fewer objects than lines.
     """
     try:
         found = json.loads(f"[{b','.join(lines).decode()}]")
@@ -253,9 +254,7 @@ def _merged(files: Iterable[_File], torn: int) -> Events:
     """The events of all files by attempt, then time; the order inside one file is kept."""
     ordered = sorted(files, key=lambda file: (file.attempt, file.stage, file.task))
     entries = [
-        (file.attempt, key, number, index)
-        for number, file in enumerate(ordered)
-        for index, key in enumerate(file.keys)
+        (file.attempt, key, number, index) for number, file in enumerate(ordered) for index, key in enumerate(file.keys)
     ]
     entries.sort()
     result = Events([ordered[number].events[index] for _, _, number, index in entries])

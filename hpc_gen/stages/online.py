@@ -157,7 +157,8 @@ class OnlineEvaluation:
         if images is None:
             return
         if ranks.is_main and self._reference is None:
-            self._reference = _read_features(self._features_path, self._features_fingerprint())
+            kept = _read_features(self._features_path, self._features_fingerprint())
+            self._reference = list(kept.split(self._offline.batch)) if kept is not None else None
         if ranks.broadcast_object(self._reference is not None):
             return
         batch, mine = self._offline.batch, []
@@ -294,13 +295,14 @@ def _look(network: Extractor, images: Tensor, batch: int) -> Features:
     return Features(torch.cat([part.features for part in found]), torch.cat(logits) if logits else None)
 
 
-def _read_features(path: Path, fingerprint: str) -> list[Tensor] | None:
+def _read_features(path: Path, fingerprint: str) -> Tensor | None:
     """Features that an earlier attempt has left; None when there are none, or of other images or settings."""
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             if (stream.metadata() or {}).get("fingerprint") != fingerprint:
                 return None
-            return [stream.get_tensor("features")]
+            features: Tensor = stream.get_tensor("features")
+            return features
     except (OSError, safetensors.SafetensorError):
         return None  # absent or torn: made again
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hpc_gen
 from hpc_gen.config import loader
@@ -13,9 +15,14 @@ from hpc_gen.methods import registry
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.stages import origin, outline
 
 PACKAGES = ("hpc_gen", "shard_tools", "eval_jobs", "slurm")
 WEIGHTS_DEPEND_ON = ("seed", "method", "data", "encode", "train")
+TRAINING_SECTIONS = ("seed", "method", "data", "train")  # what a checkpoint's numbers depend on
+EXTENDABLE = ("train.total_images",)
+"""Keys of the identity that a run may change in place, because no number computed so far depends on them."""
+EXTENDED = "extended"  # key of hashes.json
 _SOURCE = Path(hpc_gen.__file__).resolve().parent.parent
 
 
@@ -29,28 +36,82 @@ def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) ->
     """The run folder of an experiment: made when new, checked when it exists.
 
     An existing run goes on. Changed operation keys (ranks, intervals, stop_at_images) and other settings of sampling
-    and evaluation are taken over: samples and metrics carry hashes of their own and refuse to be mixed. Raises
-    UserError naming the keys that differ when what the weights depend on is another.
+    and evaluation are taken over: samples and metrics carry hashes of their own and refuse to be mixed. So is a longer
+    training where no number computed so far depends on its length. Raises UserError naming the keys that differ when
+    what the weights depend on is another.
     """
     resolved = typed(resolved)
     run = RunFolder(workspace / "runs" / (name or resolved.experiment.name))
-    if not run.exists():
-        _create(run, resolved)
-        return run
+    if run.exists():
+        _take_over(run, resolved, workspace)
+    else:
+        create_run(run, origin.pinned(resolved, workspace))
+    return run
+
+
+def change_run(run: RunFolder, overrides: Sequence[str]) -> Resolved:
+    """The experiment of a run with keys replaced, taken over as `prepare_run` does; without overrides as it is."""
+    resolved = load_run(run)
+    if not overrides:
+        return resolved
+    changed = typed(loader.load(run.config_path, overrides))
+    if changed.experiment.name != resolved.experiment.name:
+        raise UserError(f"a run keeps its name; `hpc-gen fork {run.name} --at latest --name NEW` begins another")
+    _take_over(run, changed, run.workspace)
+    return load_run(run)
+
+
+def _take_over(run: RunFolder, resolved: Resolved, workspace: Path) -> None:
+    """Give an existing run the experiment asked for, or refuse it naming what differs (prepare_run)."""
     before = load_run(run)
-    if before.identity_of(*WEIGHTS_DEPEND_ON) != resolved.identity_of(*WEIGHTS_DEPEND_ON):
-        differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
+    resolved = origin.pinned(resolved, workspace, before)
+    differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
+    if differences and {key for key, _, _ in differences} <= set(EXTENDABLE):
+        _check_extension(run, before, resolved)
+    elif differences:
         changed = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
         raise UserError(
             f"run '{run.name}' was made with other settings: {'; '.join(changed[:4])}"
-            f"{' and more' if len(changed) > 4 else ''}; choose another name with name=..., or remove {run.path}"
+            f"{' and more' if len(changed) > 4 else ''}; choose another name with name=..., begin from its weights "
+            f"with `hpc-gen fork {run.name}`, or remove {run.path}"
         )
     if (before.identity, before.operation) != (resolved.identity, resolved.operation):
+        facts = {key: value for key, value in _facts(run).items() if key != "becoming"}
+        if differences:
+            step = {"training_identity": training_identity(before), "changed": [list(each) for each in differences]}
+            facts = {**facts, EXTENDED: [*facts.get(EXTENDED, ()), step]}
         # two files do not change at once: a kill in between leaves either experiment, and both are accepted
-        commit.write_json(run.hashes_path, {**_hashes(before), "becoming": resolved.identity})
+        commit.write_json(run.hashes_path, {**facts, **_hashes(before), "becoming": resolved.identity})
         commit.write_text(run.config_path, resolved.to_yaml())
-        commit.write_json(run.hashes_path, _hashes(resolved))
-    return run
+        commit.write_json(run.hashes_path, {**facts, **_hashes(resolved)})
+
+
+def _check_extension(run: RunFolder, before: Resolved, resolved: Resolved) -> None:
+    """Refuse a new length of training on which numbers computed already would depend."""
+    old, new = before.experiment.train, resolved.experiment.train
+    assert old is not None and new is not None  # a key of theirs differs
+    if old.schedule.kind != "constant":
+        raise UserError(
+            f"run '{run.name}' cannot be extended in place: its learning rate follows a {old.schedule.kind} that ends "
+            f"at train.total_images = {old.total_images}, so a run of {new.total_images} has other numbers from the "
+            f"start; `hpc-gen fork {run.name} --at latest --name NEW train.total_images={new.total_images}` goes on "
+            "from its weights"
+        )
+    if new.total_images < old.total_images:
+        raise UserError(
+            f"run '{run.name}' cannot be shortened from train.total_images = {old.total_images} to "
+            f"{new.total_images}; train.stop_at_images={new.total_images} ends it there"
+        )
+
+
+def training_identity(resolved: Resolved) -> str:
+    """Hash of what the numbers of a checkpoint depend on."""
+    return resolved.identity_of(*TRAINING_SECTIONS)
+
+
+def extensions(run: RunFolder) -> dict[str, list[list[Any]]]:
+    """Training identities that this run had before it was extended, each with the change: [[key, old, new], ...]."""
+    return {str(step["training_identity"]): step["changed"] for step in _facts(run).get(EXTENDED, ())}
 
 
 def load_run(run: RunFolder) -> Resolved:
@@ -58,10 +119,7 @@ def load_run(run: RunFolder) -> Resolved:
     if not run.exists():
         raise UserError(f"{run.path} is not a run folder (no config.yaml); give the name or path of a run")
     resolved = typed(loader.load(run.config_path))
-    try:
-        hashes = json.loads(run.hashes_path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{run.hashes_path} cannot be read ({error}); restore it, or start a new run") from error
+    hashes = _facts(run)
     if resolved.identity not in (hashes.get("identity"), hashes.get("becoming")):
         raise DataError(
             f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run "
@@ -70,20 +128,39 @@ def load_run(run: RunFolder) -> Resolved:
     return resolved
 
 
-def _hashes(resolved: Resolved) -> dict[str, str]:
-    return {"identity": resolved.identity, "operation": resolved.operation, "version": hpc_gen.__version__}
+def _facts(run: RunFolder) -> dict[str, Any]:
+    """The content of hashes.json. Raises DataError when it cannot be read."""
+    try:
+        return dict(json.loads(run.hashes_path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{run.hashes_path} cannot be read ({error}); restore it, or start a new run") from error
 
 
-def _create(run: RunFolder, resolved: Resolved) -> None:
-    """Everything in a staging folder, then one rename: a run folder is whole or absent."""
+def _hashes(resolved: Resolved) -> dict[str, Any]:
+    hashes = {"identity": resolved.identity, "operation": resolved.operation, "version": hpc_gen.__version__}
+    return {**hashes, "stages": outline.to_json(resolved.experiment)}
+
+
+def create_run(
+    run: RunFolder,
+    resolved: Resolved,
+    facts: Mapping[str, Any] | None = None,
+    fill: Callable[[Path], None] | None = None,
+) -> None:
+    """Everything in a staging folder, then one rename: a run folder is whole or absent.
+
+    `facts` go into hashes.json; `fill` puts more into the staging folder, through runtime.commit.
+    """
     commit.make_folder(run.path.parent)
     staging = commit.staging_path(run.path)
     commit.make_folder(staging)
     freeze_code(staging / "code")
     commit.write_text(staging / run.config_path.name, resolved.to_yaml())
-    commit.write_json(staging / run.hashes_path.name, _hashes(resolved))
+    commit.write_json(staging / run.hashes_path.name, {**(facts or {}), **_hashes(resolved)})
     commit.make_folder(staging / run.journal.name)
     commit.make_folder(staging / run.logs.name)
+    if fill is not None:
+        fill(staging)
     commit.commit_directory(staging, run.path)
 
 

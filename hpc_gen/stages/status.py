@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_gen.config import loader
 from hpc_gen.config.errors import ConfigError
-from hpc_gen.config.experiment import Experiment
 from hpc_gen.runtime import clock, goodput, journal
 from hpc_gen.runtime.errors import CheckpointError, ExitCode
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.stages import outline
 from hpc_gen.stages.control import Holder, holder, lost_holder, runs_folder
 from hpc_gen.training.checkpoint import manifest
 
@@ -148,7 +147,7 @@ def all_runs(workspace: Path) -> tuple[list[RunStatus], list[str]]:
 
 def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus:
     """`whole`: `events` are all there are, else only the ends of the files."""
-    resolved = loader.load(run.config_path)
+    planned = outline.read(run)
     attempts = journal.attempts_of(events, journal.claims(run))
     rows = journal.history_of(event for event in events if event.stage == "train" and event.task == 0)
     receipt = goodput.receipt_of(events) if whole else None
@@ -156,9 +155,9 @@ def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus
     checkpoints, unreadable = _checkpoints(run)
     images_seen = max([*(c.images_seen for c in checkpoints), *(row.images_seen for row in rows[-1:])], default=0)
     stages: list[StageStatus] = []
-    for name in resolved.experiment.stage_order():
+    for name, total, unit in ((stage.name, stage.total, stage.unit) for stage in planned.stages):
         mine = [attempt for attempt in attempts if attempt.stage == name]
-        done, total, unit = _amount(run, resolved.experiment, name, images_seen)
+        done = images_seen if name == "train" else _committed_units(run, name)
         if running is not None and running.stage == name:
             rate = _recent_rate(_progress(name, running.attempt, rows, events))
             left = None if total is None or not rate else max(0.0, (total - done) / rate)
@@ -170,7 +169,7 @@ def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus
         name=run.name,
         path=str(run.path),
         state=_state(stages, attempts, running),
-        identity=resolved.identity,
+        identity=planned.identity,
         running=running,
         stages=stages,
         attempts=attempts,
@@ -243,16 +242,9 @@ def _state(stages: Sequence[StageStatus], attempts: Sequence[journal.Attempt], r
     return f"{last.stage} {ending(last)}{hint}"
 
 
-def _amount(run: RunFolder, experiment: Experiment, name: str, images_seen: int) -> tuple[int, int | None, str]:
-    """What a stage has done, of how much, in which unit."""
-    if name == "train":
-        assert experiment.train is not None
-        return images_seen, experiment.train.end_images, "images"
-    folder = run.ledger(name)
-    done = sum(1 for _ in folder.glob("*.json")) if folder.is_dir() else 0
-    if name == "sample" and experiment.sample is not None:
-        return done, -(-experiment.sample.num_images // experiment.sample.block_images), "units"
-    return done, 1 if name == "report" else None, "units"
+def _committed_units(run: RunFolder, stage: str) -> int:
+    folder = run.ledger(stage)
+    return sum(1 for _ in folder.glob("*.json")) if folder.is_dir() else 0
 
 
 def _progress(
@@ -299,5 +291,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return value
-
-

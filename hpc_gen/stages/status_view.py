@@ -37,7 +37,7 @@ class Sheet:
 
     above: list[str]
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     below: list[str]
     over: bool  # nothing more will change
     news: object  # what it was made from: equal as long as nothing but time has passed
@@ -77,7 +77,8 @@ def sheet(found: RunStatus, now: float | None = None) -> Sheet:
         for stage in found.stages
     ]
     columns = ("stage", "state", "progress", "time left", "attempts", "cause")
-    return Sheet([f"{found.name}: {found.state}"], columns, rows, list(_facts(found, now)), found.over, replace(found, disk=None))
+    above, below = [f"{found.name}: {found.state}"], list(_facts(found, now))
+    return Sheet(above, columns, rows, below, found.over, news=replace(found, disk=None))
 
 
 def lines(found: RunStatus, now: float | None = None) -> Iterator[str]:
@@ -104,9 +105,11 @@ def list_sheet(found: Sequence[RunStatus], problems: Iterable[str], folder: Path
             )
         )
     columns = ("run", "state", "stage", "progress", "time left", "loss", "last checkpoint", "last sign of life")
-    head = f"{len(rows)} runs in {folder}" if rows else f"no runs in {folder} yet; `hpc-gen run CONFIG` makes one"
+    head = f"{len(rows)} run{'s' if len(rows) > 1 else ''} in {folder}"
+    if not rows:
+        head = f"no runs in {folder} yet; `hpc-gen run CONFIG` makes one"
     below = [f"  {problem}" for problem in problems]
-    return Sheet([head], columns, rows, below, all(run.over for run in found), (list(found), below))
+    return Sheet([head], columns, rows, below, all(run.over for run in found), news=(list(found), below))
 
 
 def tell(

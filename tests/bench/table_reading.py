@@ -19,6 +19,7 @@ from torch import Tensor
 from hpc_gen.data import table as reading
 from hpc_gen.data.feed import Feed, FeedPlan
 from hpc_gen.data.order import BlockShuffle
+from hpc_gen.data.ordered import OrderedReader
 from hpc_gen.data.write import write_table
 
 SHAPE = (16, 16, 16)  # float16: 8 KiB
@@ -54,9 +55,9 @@ def _speed(folder: Path, moments: Tensor, rows: int, rounds: int) -> Table:
     batches = rows // BATCH
 
     def ptshard() -> Iterator[Tensor]:
-        order = BlockShuffle(table.shard_rows, SEED, SHUFFLE_SHARDS)
+        reader = OrderedReader(table, BlockShuffle(table.shard_rows, SEED, SHUFFLE_SHARDS), ("moments",))
         for begin in range(0, batches * BATCH, BATCH):
-            yield table.read(order.rows(np.arange(begin, begin + BATCH)), ("moments",))["moments"]
+            yield reader.read(begin, begin + BATCH)[1]["moments"]
 
     def feed() -> Iterator[Tensor]:
         order = BlockShuffle(table.shard_rows, SEED, SHUFFLE_SHARDS)

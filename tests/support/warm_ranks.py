@@ -146,6 +146,8 @@ def train(run: Any, overrides: Sequence[str], fault: dict[str, Any], rank: int) 
     mine = rank == fault.get("rank")
     if mine and fault["name"] == "full disk":
         fill_disk(fault["part"])
+    if mine and fault["name"] == "diverge":
+        spoil_samples()
 
     class Token(StopToken):
         """Counts steps, and makes the fault before the one that was named (counted from 1 in each attempt)."""
@@ -194,6 +196,18 @@ def fill_disk(part: str) -> None:
         mkdir(path)
 
     ops.write, ops.mkdir = full_write, full_mkdir  # type: ignore[method-assign]
+
+
+def spoil_samples() -> None:
+    """From now on what this rank samples is not finite."""
+    from hpc_gen.runtime.errors import DivergedError
+    from hpc_gen.sampling import preview
+
+    def spoilt(*arguments: Any) -> Any:
+        arguments[5]()  # its poll: the others have begun
+        raise DivergedError("1 of 1 latents are not finite")
+
+    preview.generate_batch = spoilt
 
 
 if __name__ == "__main__":

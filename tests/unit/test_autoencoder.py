@@ -126,6 +126,17 @@ def test_objective_is_the_formula(kind: str) -> None:
     assert total.item() == pytest.approx(summed.mean().item() / (3 * 8 * 8), rel=1e-5)
 
 
+def test_terms_add_up_however_the_batch_is_cut() -> None:
+    made = method()
+    turn, images, drawn = made.turns(0, 0)[0], pixels(), noise()
+    whole = made.objective(turn, {"pixels": images}, {"posterior_noise": drawn}).terms
+    cut = [slice(0, 1), slice(1, 4)]
+    parts = [made.objective(turn, {"pixels": images[c]}, {"posterior_noise": drawn[c]}).terms for c in cut]
+    for name, term in whole.items():
+        assert sum(part[name].sum.item() for part in parts) == pytest.approx(term.sum.item(), rel=1e-5)
+        assert sum(part[name].count for part in parts) == term.count == 4.0
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     made = method(kl_weight=1.0)
     terms = made.objective(made.turns(0, 0)[0], {"pixels": pixels()}, {"posterior_noise": noise()}).terms

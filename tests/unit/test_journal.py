@@ -16,7 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_gen.runtime.errors import ExitCode
-from hpc_gen.runtime.journal import Journal, Reader, Row, attempts, history, journal_path, read
+from hpc_gen.runtime.fence import claim_attempt
+from hpc_gen.runtime.journal import (
+    Journal,
+    Reader,
+    Row,
+    attempts,
+    attempts_of,
+    ends,
+    history,
+    journal_path,
+    last_attempt,
+    read,
+)
 from hpc_gen.runtime.run_folder import RunFolder
 
 
@@ -81,9 +93,7 @@ def test_torn_lines_are_skipped_and_counted(run: RunFolder) -> None:
     path = write_lines(run, 1, "train", 0, start(1.0), row(2.0, 64))
     with open(path, "ab") as stream:
         stream.write(b'{"t": 3.0, "kind": "row", "images_se')
-    write_lines(run, 1, "train", 1, start(1.0)).write_bytes(
-        b'\xff\xfe\n[1]\n{"t": 1.0}\n\n{"t": 4.0, "kind": "x"}\n'
-    )
+    write_lines(run, 1, "train", 1, start(1.0)).write_bytes(b'\xff\xfe\n[1]\n{"t": 1.0}\n\n{"t": 4.0, "kind": "x"}\n')
     events = read(run)
     assert [(e.task, e.kind) for e in events] == [(0, "attempt_start"), (0, "row"), (1, "x")]
     assert events.torn == 4
@@ -116,9 +126,7 @@ for i in range(10**9):
     process.wait()
     process.stdout.close()
     events = read(run)
-    assert (
-        [e.fields["i"] for e in events] == list(range(len(events))) and len(events) > 20 and events.torn <= 1
-    )
+    assert [e.fields["i"] for e in events] == list(range(len(events))) and len(events) > 20 and events.torn <= 1
 
 
 def test_lines_of_threads_stay_whole(run: RunFolder) -> None:
@@ -195,6 +203,43 @@ def test_a_reader_reads_only_what_is_new(run: RunFolder) -> None:
     assert [e.kind for e in events] == ["attempt_start", "row", "row", "attempt_start"] and events.torn == 0
 
 
+def test_the_ends_of_a_long_file_tell_of_its_attempt(run: RunFolder) -> None:
+    middle = [row(float(i), 64 * i) for i in range(2, 3000)]
+    path = write_lines(run, 1, "train", 0, start(1.0), *middle, {"t": 3000.0, "kind": "attempt_end", "exit_code": 85})
+    write_lines(run, 1, "train", 1, start(1.5), {"t": 3500.0, "kind": "x"})
+    write_lines(run, 2, "train", 0, start(4000.0, 64))
+    found = ends(run)
+    assert len(found) < 500 < len(read(run)) and found.torn == 0
+    assert attempts(run) == attempts_of(read(run)) and attempts(run)[0].exit_code == 85
+    assert last_attempt(run) == attempts(run)[-1] and attempts(run)[0].last_seen == 3500.0
+    with open(path, "ab") as stream:
+        stream.write(b'{"t": 1')
+    assert attempts(run) == attempts_of(read(run))
+    # whose ends do not tell is read whole
+    path.write_text("".join(json.dumps({"t": 1.0, "kind": "x", "text": "y" * 99}) + "\n" for _ in range(400)))
+    assert len(ends(run, 1)) == 402
+    path.write_text(json.dumps(start(1.0)) + "\n" + json.dumps({"t": 2.0, "kind": "x", "text": "y" * 50_000}) + "\n")
+    assert [e.kind for e in ends(run, 1) if e.task == 0] == ["attempt_start", "x"]
+
+
+def test_torn_lines_between_thousands_are_found_and_pieces_that_fit_are_not_joined(run: RunFolder) -> None:
+    lines = [json.dumps(row(float(i), i)) for i in range(1, 2001)]
+    lines[700] = lines[700][:30]
+    lines[1500:1502] = ['{"t": 1, "kind": "x", "list": [1', "2]}"]
+    path = write_lines(run, 1, "train", 0)
+    path.write_text("\n".join(lines) + "\n")
+    events = read(run)
+    assert events.torn == 3 and len(events) == 1997 and {e.kind for e in events} == {"row"}
+
+
+def test_last_attempt_that_was_killed_before_its_first_line(run: RunFolder) -> None:
+    assert last_attempt(run) is None
+    write_lines(run, claim_attempt(run, "train"), "train", 0, start(1.0))
+    claim_attempt(run, "sample")
+    found = last_attempt(run)
+    assert found is not None and (found.number, found.stage, found.exit_code) == (2, "sample", None)
+
+
 def test_no_journal_at_all(run: RunFolder) -> None:
     assert list(read(run)) == [] and attempts(run) == [] and history(run) == []
 
@@ -211,9 +256,7 @@ def test_attempts_over_kills_and_stages(run: RunFolder) -> None:
         start(10.0, process_start=8.0, world_size=1),
         {"t": 12.0, "kind": "attempt_end", "exit_code": 0, "cause": None},
     )
-    write_lines(
-        run, 2, "train", 1, start(21.0, process_start=19.5, host="node2"), {"t": 29.0, "kind": "heartbeat"}
-    )
+    write_lines(run, 2, "train", 1, start(21.0, process_start=19.5, host="node2"), {"t": 29.0, "kind": "heartbeat"})
     write_lines(run, 2, "train", 0, start(21.0, process_start=20.0), row(25.0, 64))
     end = {"t": 50.0, "kind": "attempt_end", "exit_code": 85, "cause": "PREEMPTED", "images_seen": 128}
     write_lines(run, 3, "train", 0, start(41.0, 64, process_start=40.0), end)
@@ -297,9 +340,7 @@ def test_fall_back_to_an_older_checkpoint(run: RunFolder) -> None:
 
 def test_rollback_inside_an_attempt(run: RunFolder) -> None:
     rollback = {"t": 3.0, "kind": "rollback", "images_seen": 192, "resumed_from": 64}
-    write_lines(
-        run, 1, "train", 0, start(1.0), row(2.0, 64), row(2.0, 128), row(2.0, 192), rollback, row(4.0, 128)
-    )
+    write_lines(run, 1, "train", 0, start(1.0), row(2.0, 64), row(2.0, 128), row(2.0, 192), rollback, row(4.0, 128))
     assert [(r.images_seen, r.t) for r in history(run)] == [(64, 2.0), (128, 4.0)]
 
 

@@ -48,7 +48,7 @@ def test_rows_files_and_events(workspace: Workspace) -> None:
     assert record.measure["num_images"] == 12 and record.measure["image_shape"] == [3, 8, 8]
     assert record.measure["reference"]["rows"] == 14
     assert record.subject["checkpoint"] == {"images_seen": 80, "manifest_sha256": None, "ema": "main"}
-    assert record.subject["plan"]["seed"] == 11 and record.subject["plan"]["settings"]["steps"] == "2"
+    assert record.subject["plan"]["seed"] == 11 and record.subject["plan"]["settings"]["steps"] == 2
     assert read_metrics(run.metrics(f"online-{80:012d}")).get("isc").note == "not available: extractor has no logits"
 
 

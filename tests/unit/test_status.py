@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpc_gen.runtime import commit
+from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.fence import Fence, attempt_path, claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import control
-from hpc_gen.stages.status import lines, status
+from hpc_gen.stages.status import StatusReader, all_runs, disk_use, status
+from hpc_gen.stages.status_view import lines, list_sheet, sheet, tell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """\
@@ -78,19 +82,28 @@ def text(run: RunFolder) -> str:
     return "\n".join(lines(status(run)))
 
 
+def table(run: RunFolder) -> dict[str, tuple[str, ...]]:
+    """Rows of the table of stages by name."""
+    return {row[0]: row[1:] for row in sheet(status(run)).rows}
+
+
 def test_run_that_has_not_begun(run: RunFolder) -> None:
     found = text(run)
     assert found.startswith("toy: not begun\n")
-    assert "train        not begun: 0 of 640 images" in found
-    assert "sample       not begun: 0 of 2 units" in found
+    assert table(run) == {
+        "train": ("waiting", "0 of 640 images", "", "", ""),
+        "sample": ("waiting", "0 of 2 units", "", "", ""),
+        "report": ("waiting", "0 of 1 units", "", "", ""),
+    }
+    assert "at work      nobody" in found
 
 
 def test_preempted_run(run: RunFolder) -> None:
     train(run, None, 128, 85, "SIGTERM")
     found = text(run)
     assert found.startswith("toy: train preempted, state saved (SIGTERM); `hpc-gen resume` goes on\n")
-    assert "train        preempted, state saved (SIGTERM): 128 of 640 images, 1 attempt\n" in found
-    assert "last row     at 128 images: loss 0.25, lr 0.001" in found
+    assert table(run)["train"] == ("requeued", "128 of 640 images (20%)", "", "1", "preempted, state saved (SIGTERM)")
+    assert "newest row   at 128 images: loss 0.25, lr 0.001" in found
     assert "checkpoints  128 (1.5kB)" in found
     assert "attempt 1    train, 2 ranks, 0.0s: preempted, state saved (SIGTERM)" in found
 
@@ -102,11 +115,14 @@ def test_killed_run(run: RunFolder) -> None:
     assert text(run).startswith(
         "toy: train killed without a word (its last sign of life is the end); `hpc-gen resume` goes on"
     )
+    assert table(run)["train"][0] == "killed"
 
 
 def test_failed_run_is_not_told_to_resume(run: RunFolder) -> None:
     train(run, None, 128, 75, "loss stayed NaN")
     assert text(run).startswith("toy: train diverged (loss stayed NaN)\n")
+    assert table(run)["train"][::4] == ("failed", "diverged (loss stayed NaN)")
+    assert status(run).over
 
 
 def test_finished_run(run: RunFolder) -> None:
@@ -117,8 +133,9 @@ def test_finished_run(run: RunFolder) -> None:
     units(run, "report", 1)
     found = text(run)
     assert found.startswith("toy: done\n")
-    assert "train        done: 640 of 640 images, 2 attempts" in found
-    assert "sample       done: 2 of 2 units, 1 attempt\n" in found
+    assert table(run)["train"] == ("done", "640 of 640 images", "", "2", "")
+    assert table(run)["sample"] == ("done", "2 of 2 units", "", "1", "")
+    assert status(run).over
     assert "attempt 2    train from 128 images, 2 ranks, " in found
 
 
@@ -145,6 +162,183 @@ def test_run_is_found_by_path_and_name(run: RunFolder, tmp_path: Path) -> None:
         UserError, match=r"no run 'tyo' \(did you mean 'toy'\?\) as a folder or below .*; runs there: toy$"
     ):
         control.find_run("tyo", tmp_path)
+
+
+def test_goodput_and_disk_in_words(run: RunFolder) -> None:
+    with clock.use(clock.FakeClock()) as fake:
+        journal = Journal(run, claim_attempt(run, "train"), "train")
+        journal.event("attempt_start", world_size=1, rank=0, process_start=fake.now() - 5, resumed_from=None)
+        fake.sleep(15)
+        journal.event("interval", images_seen=64, images=64, productive_s=15.0)
+        journal.event("attempt_end", exit_code=85, cause="SIGTERM")
+        journal.close()
+    found = text(run)
+    assert "goodput      75% of 20s held (ranks x time) was productive; the rest: start up 25%; 0.0s between" in found
+    used = status(run).disk
+    assert used is not None and used.whole and "disk used    " in found
+    (run.logs / "long.log").write_bytes(b"x" * 50_000)
+    more = status(run).disk
+    assert more is not None and more.bytes >= used.bytes + 50_000
+    assert not disk_use(run.path, limit_s=-1.0).whole
+
+
+def test_only_the_last_attempts_are_told(run: RunFolder) -> None:
+    for upto in range(64, 64 * 12, 64):
+        train(run, upto - 64 or None, upto, 85, "SIGTERM")
+    found = text(run)
+    assert "3 earlier attempts; --json has all of them" in found
+    assert "attempt 3 " not in found and "attempt 4 " in found and "attempt 11 " in found
+    assert len(status(run).attempts) == 11
+
+
+def test_holder_of_the_lock_that_is_gone_is_told(run: RunFolder) -> None:
+    train(run, None, 128, None, "")
+    Fence.take(run, 1)
+    lock = {**json.loads(run.lock.read_text()), "pid": 4_000_000}
+    commit.write_json(run.lock, lock)
+    claim = attempt_path(run, 1)
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "pid": 4_000_000}))
+    told = "process 4000000 of attempt 1, which holds the lock, is gone; the next attempt takes over"
+    assert f"at work      {told}" in text(run)
+    commit.write_json(run.lock, {**lock, "host": "node7"})  # nobody can ask another host
+    found = status(run)
+    assert found.lost_holder is None and found.running is not None and not found.running.here
+    assert "process 4000000 of attempt 1, on node7, which cannot be asked from here; its last line" in text(run)
+
+
+def test_time_left_goes_by_the_last_ten_minutes(run: RunFolder) -> None:
+    with clock.use(clock.FakeClock()) as fake:
+        journal = Journal(run, claim_attempt(run, "train"), "train")
+        journal.event("attempt_start", world_size=1, rank=0, process_start=fake.now(), resumed_from=None)
+        for seen, seconds in ((64, 5000), (128, 5000), (192, 300), (256, 300)):  # slow at first
+            fake.sleep(seconds)
+            journal.row(seen, {"loss": 0.5})
+        (stage, *_), row = status(run).stages, sheet(status(run), fake.now() + 7).rows[0]
+        assert stage.rate == pytest.approx(128 / 600) and stage.eta_s == pytest.approx((640 - 256) / (128 / 600))
+        assert row == ("train", "running", "256 of 640 images (40%)", "30m 00s", "1", "")
+        told = "\n".join(lines(status(run), fake.now() + 7))
+        assert "newest row   at 256 images, 7.0s ago: loss 0.5" in told and "speed        0.21 images/s of late" in told
+        journal.event("attempt_end", exit_code=85, cause="SIGTERM")
+        journal.close()
+        assert status(run).stages[0].eta_s is None
+
+
+def test_units_at_work_have_a_rate_too(run: RunFolder) -> None:
+    with clock.use(clock.FakeClock()) as fake:
+        journal = Journal(run, claim_attempt(run, "sample"), "sample")
+        journal.event("attempt_start", world_size=1, rank=0, process_start=fake.now())
+        commit.make_folder(run.ledger("sample"))
+        commit.write_json(run.ledger("sample") / "0.json", {})
+        for unit in ("a", "b"):
+            fake.sleep(20)
+            journal.event("unit_committed", unit=unit, seconds=20.0)
+        journal.close()
+    stage = status(run).stages[1]
+    assert (stage.state, stage.rate, stage.eta_s) == ("running", pytest.approx(0.05), pytest.approx(20.0))
+
+
+# ---------------------------------------------------------------- all runs, watching
+
+
+def test_all_runs_a_line_each(run: RunFolder, tmp_path: Path) -> None:
+    train(run, None, 128, 85, "SIGTERM")
+    other, broken = RunFolder(tmp_path / "runs" / "new"), RunFolder(tmp_path / "runs" / "torn")
+    for folder, config in ((other, CONFIG), (broken, "name: [")):
+        folder.path.mkdir()
+        folder.config_path.write_text(config)
+    (tmp_path / "runs" / "no run").mkdir()
+    found, problems = all_runs(tmp_path)
+    shown = list(list_sheet(found, problems, tmp_path / "runs", time.time() + 90).lines())
+    assert shown[0] == f"2 runs in {tmp_path / 'runs'}"
+    assert "new  waiting   train  0 of 640 images" in shown[2]
+    assert "toy  requeued  train  128 of 640 images (20%)" in shown[3] and "0.25  128" in shown[3]
+    assert shown[3].endswith("1m 30s ago")
+    assert len(problems) == 1 and shown[4].startswith("  torn: ") and "not valid YAML" in shown[4]
+    assert found[1].goodput == {} and found[1].disk is None
+    empty = list_sheet([], [], tmp_path / "runs").lines()
+    assert next(iter(empty)) == f"no runs in {tmp_path / 'runs'} yet; `hpc-gen run CONFIG` makes one"
+
+
+def test_json_of_one_and_of_all(run: RunFolder, tmp_path: Path) -> None:
+    train(run, None, 128, 85, "SIGTERM")
+    said = io.StringIO()
+    tell(run, tmp_path, as_json=True, stream=said)
+    one = json.loads(said.getvalue())
+    assert {"name", "path", "state", "identity", "running", "stages", "attempts", "last_row", "goodput"} <= one.keys()
+    assert {"held_rank_seconds", "waiting_s", "checkpoints", "unreadable", "torn_lines"} <= one.keys()
+    assert {"name", "state", "done", "total", "unit", "attempts"} <= one["stages"][0].keys()
+    said = io.StringIO()
+    tell(None, tmp_path, as_json=True, stream=said)
+    assert [each["name"] for each in json.loads(said.getvalue())["runs"]] == ["toy"]
+    with pytest.raises(UserError, match="give one of them"):
+        tell(run, tmp_path, as_json=True, watch=True, stream=said)
+    with pytest.raises(UserError, match="--every 0 is not a time to wait"):
+        tell(run, tmp_path, watch=True, every_s=0, stream=said)
+
+
+class _Story(clock.FakeClock):
+    """A clock that does one more thing to the run whenever the watch sleeps."""
+
+    def __init__(self, *deeds: Callable[[], object]) -> None:
+        super().__init__()
+        self._deeds = list(deeds)
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        super().sleep(seconds)
+        self._deeds.pop(0)()
+
+
+def test_watch_tells_what_changes_until_the_run_is_over(run: RunFolder, tmp_path: Path) -> None:
+    story = _Story(
+        lambda: train(run, None, 128, 85, "SIGTERM"),
+        lambda: None,
+        lambda: None,
+        lambda: train(run, 128, 640, 0, "done"),
+        lambda: (units(run, "sample", 2), units(run, "report", 1)),
+    )
+    said = io.StringIO()
+    with clock.use(story):
+        tell(run, tmp_path, watch=True, every_s=3.0, stream=said)
+    heads = [line for line in said.getvalue().splitlines() if line.startswith("toy: ")]
+    assert heads == [
+        "toy: not begun",
+        "toy: train preempted, state saved (SIGTERM); `hpc-gen resume` goes on",
+        "toy: some stages are left; `hpc-gen resume` goes on",
+        "toy: done",
+    ]
+    assert story.slept == [3.0] * 5
+
+
+def test_watch_ends_with_control_c(run: RunFolder, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    said = io.StringIO()
+    with clock.use(_Story(interrupt)):
+        tell(run, tmp_path, watch=True, stream=said)
+    assert said.getvalue().startswith("toy: not begun\n")
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_a_terminal_gets_a_table_in_place(run: RunFolder, tmp_path: Path, watch: bool) -> None:
+    train(run, None, 128, 75, "loss stayed NaN")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        tell(run, tmp_path, watch=watch, stream=terminal)
+        terminal.flush()
+        shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "─" in shown and "\x1b[" in shown and "128 of 640" in shown
+    assert "[NaN]" not in shown and "failed" in shown
+
+
+def test_a_reader_sees_what_is_new(run: RunFolder) -> None:
+    reader = StatusReader(run)
+    assert reader.read().state == "not begun"
+    train(run, None, 128, 85, "SIGTERM")
+    assert reader.read() == replace(status(run), disk=reader.read().disk)
 
 
 # ---------------------------------------------------------------- preempt

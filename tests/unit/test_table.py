@@ -45,7 +45,7 @@ def make_table(folder: Path, sizes: list[int] = SIZES, num_classes: int = 5) -> 
 def test_read_gives_the_rows_in_the_order_asked(tmp_path: Path, open_shards: int) -> None:
     whole = make_table(tmp_path)
     table = Table.open(tmp_path)
-    table._open_shards = open_shards
+    table.keep_open(open_shards)
     assert table.rows == 21 and table.shard_rows == SIZES
     rng = np.random.default_rng(0)
     for rows in (np.arange(21), rng.permutation(21), rng.integers(0, 21, 200), np.array([20]), np.array([3, 3, 3])):
@@ -67,7 +67,7 @@ def test_what_is_read_is_the_callers_own(tmp_path: Path) -> None:
 def test_threads_share_a_table(tmp_path: Path) -> None:
     whole = make_table(tmp_path)
     table = Table.open(tmp_path)
-    table._open_shards = 2
+    table.keep_open(2)
     wrong: list[object] = []
 
     def work(seed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,5 +29,7 @@ def run_demo(name: str, workspace: Path, printer: Callable[[str], None]) -> int:
     """A whole demo; returns an exit code. Raises HpcGenError."""
     config_of(name)
     workspace.mkdir(parents=True, exist_ok=True)
+    # SIGTERM ends a program at once by default, and its children would go on; as an exception it reaches those who wait
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     DEMOS[name][1](Demo(workspace.resolve(), printer))
     return ExitCode.DONE
