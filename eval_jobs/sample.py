@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hpc_gen.config.experiment import SampleConfig
 from hpc_gen.data.table import Table
@@ -18,8 +17,9 @@ from hpc_gen.sampling import index
 from hpc_gen.sampling.generate import Decoder, generate_block
 from hpc_gen.sampling.images import write_png
 from hpc_gen.sampling.plan import SamplePlan, method_hash
-from hpc_gen.stages.build import build_method, meta_method, open_decoder, open_table, settings_of, table_facts
+from hpc_gen.stages.build import open_decoder, open_table, settings_of
 from hpc_gen.stages.device import task_device
+from hpc_gen.stages.generation import trained_method
 from hpc_gen.stages.units import StageContext, Unit
 from hpc_gen.training.checkpoint import read as checkpoints
 from hpc_gen.training.checkpoint.read import CheckpointInfo
@@ -79,17 +79,8 @@ class SampleWorker:
     def _ready_method(self) -> Method:
         """The method with the plan's weights, built when the first block needs it."""
         if self._method is None:
-            experiment, facts = self._context.experiment, table_facts(self._table)
-            bare = meta_method(experiment, facts)
-            frozen = {role for role in bare.roles() if not bare.parameter_groups(role)}  # these have no average
-
-            def weights(role: str) -> dict[str, Tensor]:
-                ema = None if role in frozen else self.plan.ema
-                return checkpoints.load_role(self._checkpoint.path, role, ema)
-
-            self._method = build_method(experiment, facts, weights)
-            for module in self._method.roles().values():
-                module.to(self._device)
+            experiment, path = self._context.experiment, self._checkpoint.path
+            self._method = trained_method(experiment, self._table, path, self.plan.ema, self._device)
         return self._method
 
     @cached_property

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -182,8 +181,6 @@ class Run:
         plan, typed = self._plan(info, ema, seed, batch, place, settings)
         if labels is not None:
             plan = self._labelled(plan, wanted, labels)
-        if not wanted:
-            raise UserError("no images are asked for; give num_images or ids")
         return generate_images(self._method(info, ema, place), plan, wanted, typed, self._decoder(place), poll)
 
     def export(
@@ -249,7 +246,7 @@ class Run:
         settings: dict[str, Any],
     ) -> tuple[SamplePlan, Any]:
         """The plan of the sample section with what is given instead, and the typed sampler settings."""
-        from hpc_gen.sampling.plan import SamplePlan
+        from hpc_gen.sampling.plan import SamplePlan, method_hash
         from hpc_gen.stages.build import settings_of
         from hpc_gen.training.checkpoint import read
 
@@ -263,10 +260,10 @@ class Run:
             checkpoint_images_seen=info.images_seen,
             checkpoint_manifest_sha256=read.manifest_sha256(info.path),
             ema=ema,
-            method_hash="",  # of no use here: the plan is never written
+            method_hash=method_hash(self.config.method),
             seed=config.seed if seed is None else seed,
             num_images=config.num_images,
-            block_images=max(size, config.block_images) if batch is None else size * -(-config.block_images // size),
+            block_images=max(size, config.block_images),
             batch=size,
             threads=config.threads,
             device=device.type,
@@ -279,10 +276,10 @@ class Run:
         return plan, typed
 
     def _sample_section(self) -> SampleConfig:
-        """The experiment's own, else its defaults over whole rounds of classes."""
+        """The experiment's own, else its defaults, with more images than anybody asks for."""
         from hpc_gen.config.experiment import SampleConfig
 
-        return self.config.sample or SampleConfig(num_images=max(1, self._table.index.num_classes))
+        return self.config.sample or SampleConfig(num_images=max(1, self._table.index.num_classes) * 1_000_000)
 
     def _settings(self, settings: dict[str, Any], settings_of: Callable[[Experiment, dict[str, Any]], Any]) -> Any:
         from pydantic import ValidationError
@@ -311,12 +308,16 @@ class Run:
         if len(each) != len(ids):
             raise UserError(f"{len(each)} labels are given for {len(ids)} images; give one label, or one per image")
         if plan.num_classes == 0:
-            raise UserError(f"run '{self.name}' was trained without classes, so its images have no labels; leave them out")
+            raise UserError(
+                f"run '{self.name}' was trained without classes, so its images have no labels; leave them out"
+            )
         names = class_names(self.config, self._table, self.workspace)
         numbers = [_label(label, names, plan.num_classes) for label in each]
         chosen = dict(zip(ids, numbers, strict=True))
         if any(chosen[image_id] != number for image_id, number in zip(ids, numbers, strict=True)):
-            raise UserError("one image id is given two labels; an image is its id with one label, so call generate twice")
+            raise UserError(
+                "one image id is given two labels; an image is its id with one label, so call generate twice"
+            )
         facts = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
         return LabelledPlan(**facts, given=chosen)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -173,8 +172,6 @@ def status(
     from hpc_gen.stages import status_view
 
     folder = run_of(run, workspace) if run is not None else None
-    if not watch:
-        gc.disable()  # a long journal is many small objects, which would be looked through again and again
     status_view.tell(folder, workspace_of(workspace), as_json=json, watch=watch, every_s=every_s)
 
 

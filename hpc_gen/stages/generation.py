@@ -77,15 +77,16 @@ def generate_images(
     Batch-mates change the last bits, so the whole batch of an image is computed, each batch once. Torch's thread count
     and determinism are as they were afterwards. Raises as `generate_batch`.
     """
-    batches = {batch.start: batch for batch in (batch_of(plan, image_id) for image_id in sorted(set(ids)))}
+    wanted: dict[range, list[int]] = {}
+    for image_id in sorted(set(ids)):
+        wanted.setdefault(batch_of(plan, image_id), []).append(image_id)
     made: dict[int, Tensor] = {}
     with _bits_of(plan.threads), sampling_mode(method):
-        for batch in batches.values():
+        for batch, members in wanted.items():
             numbers = torch.tensor(list(batch), dtype=torch.int64)
             draws = Draws(plan.seed, PURPOSE, numbers)
             images = generate_batch(method, plan, draws, numbers, settings, poll, decoder)
-            wanted = set(ids).intersection(batch)
-            made.update({image_id: images[image_id - batch.start].clone() for image_id in wanted})
+            made.update({image_id: images[image_id - batch.start].clone() for image_id in members})
     if isinstance(method, Measures):
         method.take_curves()  # nobody asks for them here, and they would add up from call to call
     return torch.stack([made[image_id] for image_id in ids])

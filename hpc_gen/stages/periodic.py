@@ -52,14 +52,17 @@ def periodic_work(around: Surroundings, micro_batch: int) -> list[loop.Periodic]
     return found
 
 
-def cuts_at(run: RunFolder, images_seen: int) -> int:
-    """How many attempts in a row a stop has cut short what is due at this clock; 0: it is done, or was never begun."""
-    return cuts_of(journal.Reader(run, stage="train", task=0).events(), images_seen)
+def cuts_at(run: RunFolder, images_seen: int, before: int = 0) -> int:
+    """How many attempts in a row a stop has cut short what is due at this clock; 0: it is done, or was never begun.
+
+    `before`: how many it were in the run that this one is a fork of.
+    """
+    return cuts_of(journal.Reader(run, stage="train", task=0).events(), images_seen, before)
 
 
-def cuts_of(events: Iterable[Event], images_seen: int) -> int:
+def cuts_of(events: Iterable[Event], images_seen: int, before: int = 0) -> int:
     """As `cuts_at`, from the events of rank 0."""
-    cuts = 0
+    cuts = before
     for event in events:
         if event.kind == "attempt_start" and event.fields.get("resumed_from") != images_seen:
             cuts = 0  # passed again, from an older checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Sequence
@@ -122,7 +123,13 @@ class StatusReader:
 
     def read(self) -> RunStatus:
         """The status now. Raises ConfigError when the run's config cannot be read."""
-        return _status(self._run, self._journal.events(), whole=True)
+        collecting = gc.isenabled()
+        gc.disable()  # a long journal is many small objects, which would be looked through again and again
+        try:
+            return _status(self._run, self._journal.events(), whole=True)
+        finally:
+            if collecting:
+                gc.enable()
 
 
 def status(run: RunFolder) -> RunStatus:

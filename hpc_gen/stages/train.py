@@ -30,16 +30,18 @@ from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
+from hpc_gen.stages import forecast
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
+from hpc_gen.stages.initial import take_initial_weights
+from hpc_gen.stages.origin import CARRIED
 from hpc_gen.stages.periodic import cuts_at, periodic_work
+from hpc_gen.stages.run_setup import extensions, training_identity
 from hpc_gen.stages.surroundings import Surroundings
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet
 from hpc_gen.training.engines.ddp import DdpEngine
 from hpc_gen.training.precision import set_determinism
-
-TRAINING_SECTIONS = ("seed", "method", "data", "train")  # what a checkpoint's numbers depend on
 
 
 @dataclass(frozen=True)
@@ -165,14 +167,20 @@ def _prepare(
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
     modules = materialise(method, experiment.seed)
-    engine = DdpEngine(method, modules, config, ranks, ranks.device)
-    ema = EmaSet({role: modules[role] for role in engine.trained_roles()}, {n: e.decay for n, e in config.ema.items()})
     progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
     say = progress.say if ranks.is_main else (lambda line: None)
     chain = CheckpointChain(
         run, ranks, attempt.fence, attempt.journal, Retention(config.keep_last, config.keep_every), say
     )
     chain.sweep()
+    begun = ranks.broadcast_object(chain.exists())
+    # before the engine and the averages take the weights as they are
+    taken = take_initial_weights(experiment, workspace, method, modules, say) if not begun else None
+    engine = DdpEngine(method, modules, config, ranks, ranks.device)
+    ema = EmaSet({role: modules[role] for role in engine.trained_roles()}, {n: e.decay for n, e in config.ema.items()})
+    if ranks.is_main:
+        need = forecast.train_need(run, config, forecast.checkpoint_bytes(method, modules, len(config.ema)))
+        forecast.check("train", need, run.checkpoints, experiment.data.forecast, say)
     plan = FeedPlan(
         seed=experiment.seed,
         global_batch=config.global_batch,
@@ -193,6 +201,9 @@ def _prepare(
         return Feed(table, order, plan, turn_draws, start_images, draw_counter, config.end_images)
 
     facts = training_facts(resolved, table, engine.name)
+    if taken is not None:
+        facts["initial"] = taken.facts
+        attempt.journal.event("initial_weights", **taken.facts, left=taken.differences)
     mirror = WandbMirror(run, experiment.tracking, config=loader.flat(resolved)) if ranks.is_main else None
 
     def published(images_seen: int, final: bool, preempted: bool) -> None:
@@ -216,12 +227,13 @@ def _prepare(
     )
     job.periodic = periodic_work(Surroundings(run, resolved, workspace, job, table), plan.micro_batch)
     loaded = chain.load_newest()
-    _check_identity(loaded, facts)
+    _check_identity(loaded, facts, extensions(run), attempt.journal)
     loop.restore(job, loaded)
     if loaded is not None:
-        job.cut_before = ranks.broadcast_object(cuts_at(run, loaded.images_seen) if ranks.is_main else 0)
-    if loaded is not None and "imported" in loaded.facts:  # what the weights began from stays told to the end
-        job.facts = {**facts, "imported": loaded.facts["imported"]}
+        job.facts = {**facts, **{key: loaded.facts[key] for key in CARRIED if key in loaded.facts}}
+        forked = loaded.facts.get("forked", {})
+        before = forked.get("cut_short", 0) if forked.get("images_seen") == loaded.images_seen else 0
+        job.cut_before = ranks.broadcast_object(cuts_at(run, loaded.images_seen, before) if ranks.is_main else 0)
     _begin(run, job, attempt, resolved, loaded)
     return job
 
@@ -230,7 +242,7 @@ def training_facts(resolved: Resolved, table: Table, engine: str) -> dict[str, A
     """What every checkpoint of a run says of itself; a later attempt compares the first two with its own."""
     config = _train_config(resolved)
     return {
-        "identity": resolved.identity_of(*TRAINING_SECTIONS),
+        "identity": training_identity(resolved),
         "table": table.identity,
         "method": str(resolved.experiment.method["name"]),
         "engine": engine,
@@ -239,10 +251,19 @@ def training_facts(resolved: Resolved, table: Table, engine: str) -> dict[str, A
     }
 
 
-def _check_identity(loaded: Loaded | None, facts: Mapping[str, Any]) -> None:
-    """A checkpoint of another experiment or table is refused, not discovered as a bad FID."""
+def _check_identity(
+    loaded: Loaded | None, facts: Mapping[str, Any], extended: Mapping[str, Any], journal: Journal
+) -> None:
+    """A checkpoint of another experiment or table is refused, not discovered as a bad FID.
+
+    `extended`: identities that this run had before it was extended (run_setup.EXTENDABLE), with what changed.
+    """
     if loaded is None:
         return
+    told = loaded.facts.get("identity")
+    if told in extended and told != facts["identity"]:
+        journal.event("extended", images_seen=loaded.images_seen, changed=extended[told])
+        facts = {**facts, "identity": told}
     for key, what in (("identity", "seed, method, data or train section"), ("table", "training table")):
         if loaded.facts.get(key) != facts[key]:
             raise CheckpointError(

@@ -290,7 +290,8 @@ def test_shipped_experiment(path: Path) -> None:
     from hpc_gen.stages.run_setup import typed
 
     resolved = typed(loader.load(path))
-    assert resolved.experiment.name == f"{path.parent.name}-{path.stem}"
+    stem = path.stem.replace("_", "-")  # files are named like modules, runs like folders
+    assert resolved.experiment.name in (stem, f"{path.parent.name}-{stem}")
     comment = path.read_text().split("\nname:")[0]
     command = f"hpc-gen run {path.relative_to(REPOSITORY)}"
     assert command in comment and "time:" in comment.lower() and "result:" in comment.lower()

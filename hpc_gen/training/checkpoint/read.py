@@ -91,6 +91,14 @@ def load_role(path: Path, role: str, ema: str | None = None) -> dict[str, Tensor
     return weights
 
 
+def roles(path: Path) -> list[str]:
+    """The roles whose weights a checkpoint holds. Raises CheckpointError when it is not whole."""
+    found = verify(path)
+    if found:
+        raise CheckpointError(f"{path} is not whole: {found[0]}; choose another checkpoint")
+    return _second_names(path, "model")
+
+
 def manifest_sha256(path: Path) -> str:
     """The hash that names a checkpoint's content: SHA-256 of its manifest file."""
     return commit.sha256_file(path / manifest.NAME)
