@@ -141,8 +141,8 @@ def line_chart(
     x = _Axis(0.0, max(*places, 1.0), float(LEFT), float(WIDTH - RIGHT))
     said = "; ".join(f"{line.name} ends at {label(_last(line.points))}" for line in thinned)
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over {escape(over)}: '
-        f'{escape(said)}">'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)} over {escape(over)}: {escape(said)}">'
     ]
     for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
         at = y.place(value)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from hpc_gen.config.experiment import Experiment, SampleConfig
     from hpc_gen.config.loader import Resolved
     from hpc_gen.data.table import Table
-    from hpc_gen.metrics.results import MetricFile
     from hpc_gen.methods.protocol import Method
+    from hpc_gen.metrics.results import MetricFile
     from hpc_gen.sampling.generate import Decoder
     from hpc_gen.sampling.index import SampleIndex
     from hpc_gen.sampling.plan import SamplePlan
@@ -308,16 +308,12 @@ class Run:
         if len(each) != len(ids):
             raise UserError(f"{len(each)} labels are given for {len(ids)} images; give one label, or one per image")
         if plan.num_classes == 0:
-            raise UserError(
-                f"run '{self.name}' was trained without classes, so its images have no labels; leave them out"
-            )
+            raise UserError(f"run '{self.name}' was trained without classes, so images have no labels; leave them out")
         names = class_names(self.config, self._table, self.workspace)
         numbers = [_label(label, names, plan.num_classes) for label in each]
         chosen = dict(zip(ids, numbers, strict=True))
         if any(chosen[image_id] != number for image_id, number in zip(ids, numbers, strict=True)):
-            raise UserError(
-                "one image id is given two labels; an image is its id with one label, so call generate twice"
-            )
+            raise UserError("one image id is given two labels, and an image has one; call generate twice")
         facts = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
         return LabelledPlan(**facts, given=chosen)
 

@@ -41,7 +41,7 @@ class _Column:
     rows_at: npt.NDArray[Any]
     first: Int64Array
     row_numbers: int
-    dtype: torch.dtype
+    stored: torch.dtype | None  # where numpy lacks it and `rows_at` holds integers of its size instead
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,22 @@ class _Window:
     columns: Mapping[str, _Column]
 
 
-@dataclass(frozen=True)
 class PlannedRows:
     """Rows whose places in memory are known; their shards stay mapped as long as this lives."""
 
-    _window: _Window
-    _places: Mapping[str, Int64Array]
+    def __init__(self, window: _Window, places: Mapping[str, Int64Array]) -> None:
+        """`places`: where each row begins in each column of the window."""
+        self._window = window
+        columns = window.columns
+        # tuples, and no look-up per batch: beside the copy of a batch each call counts
+        self._parts = [(name, columns[name].rows_at, found, columns[name].stored) for name, found in places.items()]
 
     def read(self, begin: int, end: int) -> dict[str, Tensor]:
         """Rows number `begin` to `end` of the plan, at least one: {column: Tensor [n, ...]}, the caller's own."""
         batch: dict[str, Tensor] = {}
-        for name, places in self._places.items():
-            column = self._window.columns[name]
-            found = torch.from_numpy(column.rows_at[places[begin:end]])
-            batch[name] = found if found.dtype is column.dtype else found.view(column.dtype)
+        for name, rows_at, places, stored in self._parts:
+            rows = torch.from_numpy(rows_at[places[begin:end]])
+            batch[name] = rows if stored is None else rows.view(stored)
         return batch
 
 
@@ -139,7 +141,7 @@ class MappedShards:
                 strides = (dtype.itemsize, *inner)  # rows begin at every number and overlap
                 rows_at = as_strided(tensors[lowest], (begins, *column.shape), strides, writeable=False)
                 first[numbers] = addresses - self._starts[numbers] * row_numbers
-            columns[name] = _Column(rows_at, first, row_numbers, dtype)
+            columns[name] = _Column(rows_at, first, row_numbers, dtype if dtype in _FOREIGN else None)
         return _Window(shards, columns)
 
 

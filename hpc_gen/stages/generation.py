@@ -96,7 +96,8 @@ def generate_images(
 def _bits_of(threads: int) -> Iterator[None]:
     """What the sample stage fixes for its process, for a while in one that belongs to somebody else."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    fill, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn
+    deterministic: Any = torch.utils.deterministic
+    fill, cudnn = deterministic.fill_uninitialized_memory, torch.backends.cudnn
     tf32 = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     set_determinism(True, threads)
     try:
@@ -104,5 +105,5 @@ def _bits_of(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
         torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32

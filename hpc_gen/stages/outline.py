@@ -1,4 +1,4 @@
-"""The stages of a run with what each has to do, kept beside the hashes: `status` then needs no config and no pydantic."""
+"""The stages of a run and what each has to do, kept beside the hashes: `status` then needs no config, no pydantic."""
 
 from __future__ import annotations
 

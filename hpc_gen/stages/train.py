@@ -7,7 +7,7 @@ claimed or the table is read.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hpc_gen.config import loader
-from hpc_gen.config.experiment import TrainConfig
+from hpc_gen.config.experiment import Experiment, TrainConfig
 from hpc_gen.config.loader import Resolved
 from hpc_gen.data.feed import Feed, FeedPlan
 from hpc_gen.data.order import BlockShuffle
@@ -169,18 +169,15 @@ def _prepare(
     modules = materialise(method, experiment.seed)
     progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
     say = progress.say if ranks.is_main else (lambda line: None)
-    chain = CheckpointChain(
-        run, ranks, attempt.fence, attempt.journal, Retention(config.keep_last, config.keep_every), say
-    )
+    retention = Retention(config.keep_last, config.keep_every)
+    chain = CheckpointChain(run, ranks, attempt.fence, attempt.journal, retention, say)
     chain.sweep()
-    begun = ranks.broadcast_object(chain.exists())
-    # before the engine and the averages take the weights as they are
-    taken = take_initial_weights(experiment, workspace, method, modules, say) if not begun else None
+    taken = None
+    if _is_first(run, chain, experiment, forecast.checkpoint_bytes(method, modules, len(config.ema)), ranks, say):
+        # before the engine and the averages take the weights as they are
+        taken = take_initial_weights(experiment, workspace, method, modules, say)
     engine = DdpEngine(method, modules, config, ranks, ranks.device)
     ema = EmaSet({role: modules[role] for role in engine.trained_roles()}, {n: e.decay for n, e in config.ema.items()})
-    if ranks.is_main:
-        need = forecast.train_need(run, config, forecast.checkpoint_bytes(method, modules, len(config.ema)))
-        forecast.check("train", need, run.checkpoints, experiment.data.forecast, say)
     plan = FeedPlan(
         seed=experiment.seed,
         global_batch=config.global_batch,
@@ -228,14 +225,45 @@ def _prepare(
     job.periodic = periodic_work(Surroundings(run, resolved, workspace, job, table), plan.micro_batch)
     loaded = chain.load_newest()
     _check_identity(loaded, facts, extensions(run), attempt.journal)
-    loop.restore(job, loaded)
-    if loaded is not None:
-        job.facts = {**facts, **{key: loaded.facts[key] for key in CARRIED if key in loaded.facts}}
-        forked = loaded.facts.get("forked", {})
-        before = forked.get("cut_short", 0) if forked.get("images_seen") == loaded.images_seen else 0
-        job.cut_before = ranks.broadcast_object(cuts_at(run, loaded.images_seen, before) if ranks.is_main else 0)
+    _go_on(run, job, loaded)
     _begin(run, job, attempt, resolved, loaded)
     return job
+
+
+def _go_on(run: RunFolder, job: loop.TrainJob, loaded: Loaded | None) -> None:
+    """Bring the job to a checkpoint: state, what the weights began from, and what was cut short there."""
+    loop.restore(job, loaded)
+    if loaded is None:
+        return
+    job.facts = {**job.facts, **{key: loaded.facts[key] for key in CARRIED if key in loaded.facts}}
+    forked = loaded.facts.get("forked", {})
+    before = forked.get("cut_short", 0) if forked.get("images_seen") == loaded.images_seen else 0
+    cuts = cuts_at(run, loaded.images_seen, before) if job.ranks.is_main else 0
+    job.cut_before = job.ranks.broadcast_object(cuts)
+
+
+def _is_first(
+    run: RunFolder,
+    chain: CheckpointChain,
+    experiment: Experiment,
+    checkpoint_bytes: int,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> bool:
+    """Whether there is no checkpoint yet; refuses, on all ranks, to begin or go on where the disk has no room."""
+    failure: UserError | None = None
+    if ranks.is_main:
+        assert experiment.train is not None
+        need = forecast.train_need(run, experiment.train, checkpoint_bytes)
+        try:
+            if need is not None:
+                forecast.check("train", need, run.checkpoints, experiment.data.forecast, say)
+        except UserError as error:
+            failure = error
+    begun, failure = ranks.broadcast_object((chain.exists(), failure))
+    if failure is not None:
+        raise failure
+    return not begun
 
 
 def training_facts(resolved: Resolved, table: Table, engine: str) -> dict[str, Any]:

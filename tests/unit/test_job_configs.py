@@ -78,7 +78,7 @@ def test_names_and_files_agree_and_no_two_experiments_share_a_run() -> None:
     assert len(set(names)) == len(names)
     for path, name in zip(FILES, names, strict=True):
         stem = path.stem.replace("_", "-")
-        assert name in (stem, f"{path.parent.name}-{stem}", f"imagenet{stem.rpartition('-')[2]}-reference"), path
+        assert name in (stem, f"{path.parent.name}-{stem}"), path
 
 
 @pytest.mark.parametrize("path", EDM, ids=name_of)
@@ -135,7 +135,7 @@ def test_tables_and_references_are_made_by_these_very_files(path: Path) -> None:
     assert encode is not None and evaluate is not None
     assert encode.source == "folder" and encode.tokenizer.preset == "kl16" and encode.image_size == image
     assert encode.crop_size == (256 if image == 64 else None)
-    reference = resolved(FOLDER / "energy" / f"reference_{image}.yaml").experiment
+    reference = resolved(FOLDER / "energy" / f"imagenet{image}_reference.yaml").experiment
     assert reference.encode is not None and reference.stage_order() == ["encode"]
     assert reference.data.table == evaluate.reference.table
     assert (reference.encode.image_size, reference.encode.crop_size) == (encode.image_size, encode.crop_size)

@@ -228,6 +228,10 @@ class CheckpointChain:
 
     # -- loading --------------------------------------------------------------------------------------------------
 
+    def exists(self) -> bool:
+        """Whether the run has a checkpoint, whole or not (rank 0; the others get False)."""
+        return self._ranks.is_main and bool(_numbered(self._run))
+
     def load_newest(self) -> Loaded | None:
         """The newest whole checkpoint (collective), or None when the run has none at all.
 

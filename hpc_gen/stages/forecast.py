@@ -1,0 +1,233 @@
+"""Will it fit? Bytes and files that a stage is going to write, against what the file system has left.
+
+Asked before a stage starts (`data.forecast`) and shown by `status` and --dry-run. Forecasts are about right, not exact:
+they keep a stage of days from starting on a disk that has room for hours. Quotas of users and groups are not seen by
+the system call behind it (statvfs). Starts no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.stages.units import Ledger
+from hpc_gen.training.checkpoint import manifest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hpc_gen.config.experiment import Experiment, TrainConfig
+    from hpc_gen.methods.protocol import Method
+
+LOW_SHARE = 0.1  # of the file system; less than that left is worth a line
+PNG_SHARE = 0.75  # of the raw bytes of an image; photographs take about that, noise all of them
+FILES_PER_CHECKPOINT = 3  # folder, manifest, metadata; one more per rank
+
+ADVICE = {
+    "encode": "encode fewer rows (encode.limit)",
+    "train": "keep fewer checkpoints (train.keep_last, train.keep_every)",
+    "sample": "draw fewer images (sample.num_images)",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage is going to write: `bytes` None = nobody can tell yet."""
+
+    bytes: int | None
+    files: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a file system has left for this user, and its size; None: it does not limit the number of files."""
+
+    free_bytes: int
+    total_bytes: int
+    free_files: int | None
+    total_files: int | None
+
+
+@runtime_checkable
+class Forecasts(Protocol):
+    """A worker of units that can tell what it is going to write."""
+
+    def forecast(self) -> Need:
+        """What is left to be written, and nothing is changed."""
+        ...
+
+
+def room(folder: Path) -> Room:
+    """What is left where `folder` lies, or will lie."""
+    while not folder.is_dir():
+        folder = folder.parent
+    found = os.statvfs(folder)
+    limited = found.f_files > 0  # btrfs and some network file systems make files as they are needed
+    return Room(
+        free_bytes=found.f_bavail * found.f_frsize,
+        total_bytes=found.f_blocks * found.f_frsize,
+        free_files=found.f_favail if limited else None,
+        total_files=found.f_files if limited else None,
+    )
+
+
+def check(stage: str, need: Need, folder: Path, mode: str, say: Callable[[str], None]) -> None:
+    """Refuse a stage that cannot fit, with a UserError, when `mode` is 'refuse'; 'warn' says it; 'off' does not look.
+
+    What fits but leaves less than a tenth of the file system is said in both modes.
+    """
+    if mode == "off":
+        return
+    here = room(folder)
+    lacks_bytes = need.bytes is not None and need.bytes > here.free_bytes
+    lacks_files = here.free_files is not None and need.files > here.free_files
+    if lacks_bytes or lacks_files:
+        left = _size(here.free_bytes) if lacks_bytes or here.free_files is None else f"{here.free_files:,} files"
+        sentence = (
+            f"stage '{stage}' needs about {told(need)} in {folder}, but only {left} are free; free space (see "
+            f"`hpc-gen gc`), or {ADVICE.get(stage, 'ask for less')}"
+        )
+        if mode == "refuse":
+            raise UserError(f"{sentence}; data.forecast=warn starts it all the same")
+        say(f"warning: {sentence}")
+    elif low := _low(need, here):
+        say(f"warning: stage '{stage}' will write about {told(need)}, which leaves {low} of the disk of {folder}")
+
+
+def _low(need: Need, here: Room) -> str | None:
+    """What remains afterwards, when that is less than a tenth of the whole."""
+    left = here.free_bytes - (need.bytes or 0)
+    if left < LOW_SHARE * here.total_bytes:
+        return f"{left / here.total_bytes:.0%}"
+    if here.free_files is not None and here.total_files is not None:
+        files = here.free_files - need.files
+        if files < LOW_SHARE * here.total_files:
+            return f"{files / here.total_files:.0%} of the files"
+    return None
+
+
+def told(need: Need) -> str:
+    """In words: "12.0 GB and 50,000 files"."""
+    files = f"{need.files:,} file{'' if need.files == 1 else 's'}"
+    return files if need.bytes is None else f"{_size(need.bytes)} and {files}"
+
+
+def line(stage: str, need: Need, folder: Path) -> str:
+    """A forecast beside what is free, for `status` and --dry-run."""
+    here = room(folder)
+    unknown = " (how large is not known yet)" if need.bytes is None else ""
+    files = f" and {here.free_files:,} files" if here.free_files is not None else ""
+    return f"{stage} will write about {told(need)}{unknown}; {_size(here.free_bytes)}{files} are free"
+
+
+def _size(number: int) -> str:
+    text = format_count(number)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
+# ---------------------------------------------------------------- stages
+
+
+def checkpoint_bytes(method: Method, modules: Mapping[str, nn.Module], num_averages: int) -> int:
+    """Bytes of one checkpoint: weights and buffers; for what is trained two moments and each average, in fp32."""
+    total = 0
+    for role, module in modules.items():
+        total += sum(value.numel() * value.element_size() for value in module.state_dict().values())
+        if method.parameter_groups(role):
+            parameters = list(module.parameters())
+            total += 8 * sum(p.numel() for p in parameters if p.requires_grad)
+            total += 4 * num_averages * sum(p.numel() for p in parameters)
+    return total
+
+
+def train_need(run: RunFolder, config: TrainConfig, size: int | None = None) -> Need | None:
+    """What is left to write of the checkpoints that training keeps, one more in flight included.
+
+    `size`: bytes of one checkpoint, None = that of the newest one; None is returned when there is none either, or
+    nothing is left to train.
+    """
+    existing = _checkpoints(run)
+    newest = max(existing, default=None)
+    if size is None and newest is None:
+        return None
+    size = existing[newest] if size is None and newest is not None else size
+    assert size is not None
+    if newest is not None and newest >= config.end_images:
+        return None
+    kept = set(range(0, config.end_images + 1, config.keep_every)[1:]) if config.keep_every else set()
+    step, end = config.save_every, config.end_images
+    last = {end, *range(end - end % step, 0, -step)[: config.keep_last]}
+    number = len(kept | set(sorted(last)[-config.keep_last :])) + (config.validate is not None) + 1
+    missing = max(1, number - len(existing))
+    return Need(missing * size, missing * (FILES_PER_CHECKPOINT + config.ranks))
+
+
+def _checkpoints(run: RunFolder) -> dict[int, int]:
+    """images_seen -> bytes of the committed checkpoints."""
+    found: dict[int, int] = {}
+    for path in run.checkpoints.iterdir() if run.checkpoints.is_dir() else ():
+        if path.name.isdigit():
+            try:
+                facts = manifest.read(path)
+            except DataError:
+                continue  # `checkpoints verify` names it; it is not counted as kept
+            found[facts.images_seen] = sum(int(file["bytes"]) for file in facts.files.values())
+    return found
+
+
+def sample_need(run: RunFolder, experiment: Experiment) -> Need | None:
+    """What is left to write of the images; None without a section 'sample', or when all blocks are there."""
+    config = experiment.sample
+    if config is None:
+        return None
+    blocks = -(-config.num_images // config.block_images)
+    folder = run.ledger("sample")
+    done = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    left = blocks - min(blocks, len(done))
+    if not left:
+        return None
+    images = min(config.num_images, left * config.block_images)
+    each = _measured(run, done[0].stem) if done else _image_bytes(experiment)
+    return Need(None if each is None else int(each * images), images + 3 * left)  # block.json, ledger and folder
+
+
+def _measured(run: RunFolder, unit: str) -> float | None:
+    """Bytes of an image of a block that is there."""
+    record = Ledger(run.ledger("sample"), run.path).record_of(unit) or {"files": {}}
+    sizes = [int(file["bytes"]) for file in record["files"].values()]
+    return sum(sizes) / (len(sizes) - 1) if len(sizes) > 1 else None
+
+
+def _image_bytes(experiment: Experiment) -> float | None:
+    """About the bytes of an image, from its side and channels; None when the config does not tell them."""
+    encode, method = experiment.encode, experiment.method
+    side = encode.image_size if encode is not None else method.get("image_size")
+    if not isinstance(side, int):
+        return None
+    return PNG_SHARE * 3 * side * side + 100  # PNGs are in colour; a hundred bytes of framing
+
+
+def stage_need(run: RunFolder, experiment: Experiment, stage: str) -> tuple[Need, Path] | None:
+    """What can be told of a stage from config and run folder alone, and where it goes; None = nothing, or not yet."""
+    need: Need | None = None
+    if stage == "train" and experiment.train is not None:
+        need = train_need(run, experiment.train)
+    elif stage == "sample":
+        need = sample_need(run, experiment)
+    return (need, run.path) if need is not None else None
+
+
+def lines(run: RunFolder, experiment: Experiment, known: Mapping[str, Any] | None = None) -> list[str]:
+    """The forecast of each stage that has one. `known`: further (Need, folder) by stage, which come before ours."""
+    found = []
+    for name in experiment.stage_order():
+        told_of = (known or {}).get(name) or stage_need(run, experiment, name)
+        if told_of is not None:
+            found.append(line(name, *told_of))
+    return found
