@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from hpc_gen.config.experiment import PreviewConfig, TrainConfig, ValidateConfig
+from hpc_gen.data.index import LABELS
 from hpc_gen.runtime import commit, journal
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, StopRequested, UserError
 from hpc_gen.runtime.journal import Event
@@ -127,7 +128,12 @@ class PreviewWork:
         num_classes = around.table.index.num_classes
         names = class_names(around.experiment, around.table, around.workspace)
         self._labels = numbered(config.labels, num_classes, names)
-        self._captions = [caption(label, num_classes, names) for label in self._labels]
+        if LABELS in around.job.method.columns():
+            self._captions = [caption(label, num_classes, names) for label in self._labels]
+            self._files = file_names(self._labels)
+        else:  # pictures of rows of the table, or of nothing: their labels only count them
+            self._captions = [f"image {i}" for i in range(len(self._labels))]
+            self._files = [f"image_{i}.png" for i in range(len(self._labels))]
         self._settings = settings_of(around.experiment, config.settings)
         self._seed = around.experiment.seed if config.seed is None else config.seed
         _ = around.decoder  # a tokenizer that does not fit is refused now
@@ -160,7 +166,7 @@ class PreviewWork:
         grid_path = folder.with_suffix(".png")
         scale = max(1, SMALL // images.shape[-1])
         grid = captioned_grid(images, self._captions, min(GRID_COLUMNS, len(images)), scale=scale)
-        paths = [folder / name for name in file_names(self._labels)]
+        paths = [folder / name for name in self._files]
         try:
             commit.write_bytes(grid_path, png_bytes(grid), job.chain.fence)
             for path, image in zip(paths, images, strict=True):

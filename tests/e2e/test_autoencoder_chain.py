@@ -91,6 +91,7 @@ def test_from_pixels_to_decoded_samples(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs" / "vae")
     previews = sorted(run.previews.rglob("*.png"))
     assert previews, "no preview of reconstructions"
+    assert {path.name for path in previews if path.parent != run.previews} == {f"image_{i}.png" for i in range(5)}
     originals = Table.open(tmp_path / "tables/toy").read(torch.arange(6), ("pixels",))["pixels"]
     restored = torch.stack(samples(run))
     assert restored.shape == (6, 3, 8, 8)
