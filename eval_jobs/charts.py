@@ -12,6 +12,7 @@ from hpc_gen.runtime.progress import format_count
 WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
 MAX_POINTS = 400
+MAX_DOTS = 6  # so few measurements are told from the line between them
 LOG_ABOVE = 12.0  # largest over smallest value from which the vertical axis is logarithmic
 
 Point = tuple[float, float]
@@ -163,11 +164,11 @@ def line_chart(
         parts.append(f"<title>{escape(mark.text)}</title></line>")
     for number, line in enumerate(thinned):
         drawn = [point for point in line.points if math.isfinite(point[1])]
-        if len(drawn) == 1:
-            (at, value) = drawn[0]
-            parts.append(f'<circle class="dot s{number}" cx="{x.place(at):.1f}" cy="{y.place(value):.1f}" r="3"/>')
-        else:
+        if len(drawn) > 1:
             parts.append(f'<path class="line s{number}" d="{_path(line.points, x, y)}"/>')
+        for at, value in drawn if len(drawn) <= MAX_DOTS else []:
+            if value > 0 or not y.log:
+                parts.append(f'<circle class="dot s{number}" cx="{x.place(at):.1f}" cy="{y.place(value):.1f}" r="3"/>')
     parts.append("</svg>")
     return "".join(parts)
 

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from eval_jobs.charts import Mark, Series, line_chart
+from eval_jobs.pictures import picture_of, preview_pictures
+from eval_jobs.side_by_side import MAX_PAIRS, metric_curves, pairs
 from eval_jobs.timeline import receipt_rows, time_line
+from eval_jobs.words import METRIC_TITLES, plain
 from hpc_gen.config.loader import Resolved
 from hpc_gen.metrics import results
-from hpc_gen.metrics.results import MetricRecord
+from hpc_gen.metrics.results import MetricFile, MetricRecord
 from hpc_gen.runtime import goodput, journal
 from hpc_gen.runtime.errors import ExitCode, HpcGenError
 from hpc_gen.runtime.journal import Attempt, Event, Row
 from hpc_gen.runtime.progress import format_duration
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.sampling.images import grid, png_bytes
 from hpc_gen.sampling.index import SampleIndex, read_index
+from hpc_gen.stages.parent import origins
 
 OWN_STAGE = "report"
-GRID_IMAGES = 80
-GRID_COLUMNS = 10
-MAX_PREVIEWS = 8
 MAX_CHARTS = 12
 ONLINE = "online-"  # metrics/online-IMAGES.json: evaluations during training
 
-METRIC_TITLES = {
-    "fid": ("Frechet distance (FID)", "lower is better"),
-    "kid": ("Kernel distance (KID)", "lower is better"),
-    "precision": ("Precision", "higher is better"),
-    "recall": ("Recall", "higher is better"),
-    "isc": ("Inception score", "higher is better"),
-}
 # What samplers measure: (title, unit, horizontal axis); others are shown by their names.
 CURVE_TITLES = {
     "inner_energy_change": ("Energy along the inner loop, less its start", "energy", "inner steps"),
@@ -43,53 +34,46 @@ CURVE_TITLES = {
 CHART_UNITS = {"learning_rate": ("Learning rate", "per step"), "grad_norm": ("Gradient norm", "L2 norm")}
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image for the page: a data URI, its size in pixels, what it shows."""
-
-    uri: str
-    width: int
-    height: int
-    alt: str
-    caption: str
-
-
 def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
     """Everything the template shows. Parts that are not there yet are empty; damaged ones are named in `problems`."""
     problems: list[str] = []
-    events, kept = _work(run)
+    everything = journal.read(run)
+    events, kept = _work(everything, journal.attempts_of(everything, journal.claims(run)))
     rows = journal.history_of(event for event in events if event.stage == "train" and event.task == 0)
     samples = _samples(run, problems)
     metrics = _metrics(run, problems)
-    torn = journal.read(run).torn
-    if torn:
-        problems.append(f"{torn} lines of the journal were cut off by kills and are left out")
+    if everything.torn:
+        problems.append(f"{everything.torn} lines of the journal were cut off by kills and are left out")
     receipt = goodput.receipt_of(events)
+    online = [tag for tag in metrics if tag.startswith(ONLINE)]
+    shown = [file for tag, file in metrics.items() if tag not in online[:-1]]  # charts show those of training all
     return {
         "title": resolved.experiment.report.title or resolved.experiment.name,
         "run": run.name,
         "facts": _facts(resolved, rows, kept, receipt),
-        "samples": samples,
-        "previews": _previews(run),
+        "samples": [part for tag, index in samples for part in _shown(tag, index, problems)],
+        "pairs": _pairs(samples, metrics, problems),
+        "previews": preview_pictures(run),
         "charts": _charts(rows, kept),
         "num_rows": len(rows),
-        "metrics": metrics,
+        "metrics": [{"tag": _tag(file.tag), "records": [_record(record) for record in file.records]} for file in shown],
+        "metric_curves": metric_curves([file for tag, file in metrics.items() if tag not in online]),
         "attempts": time_line(events, kept),
         "receipt": receipt_rows(receipt),
+        "origins": origins(run),
         "identity": resolved.identity,
         "operation": resolved.operation,
-        "versions": _versions(run),
+        "versions": _versions(list(metrics.values())),
         "config": resolved.to_yaml(),
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 
-def _work(run: RunFolder) -> tuple[list[Event], list[Attempt]]:
+def _work(events: Sequence[Event], attempts: Sequence[Attempt]) -> tuple[list[Event], list[Attempt]]:
     """Events and attempts without those of the report itself and those that looked and found nothing to do.
 
     Else a page would never be up to date: making it is an attempt, too.
     """
-    events = journal.read(run)
     worked = {
         (event.attempt, event.stage)
         for event in events
@@ -97,7 +81,7 @@ def _work(run: RunFolder) -> tuple[list[Event], list[Attempt]]:
     }
     kept = [
         attempt
-        for attempt in journal.attempts(run)
+        for attempt in attempts
         if attempt.stage != OWN_STAGE
         and ((attempt.number, attempt.stage) in worked or attempt.exit_code != ExitCode.DONE)
     ]
@@ -113,32 +97,53 @@ def _facts(
     train = resolved.experiment.train
     if train is not None and rows:
         found.append((f"{rows[-1].images_seen:,}", f"of {train.total_images:,} images seen in training"))
-        loss = next((row.data["loss"] for row in reversed(rows) if math.isfinite(row.data.get("loss", math.nan))), None)
-        if loss is not None:
-            found.append((f"{loss:.4g}", "training loss at the end"))
+        last = next((row for row in reversed(rows) if math.isfinite(row.data.get("loss", math.nan))), None)
+        if last is not None:
+            told = f"training loss, row at {last.images_seen:,} images of attempt {last.attempt}"
+            found.append((f"{last.data['loss']:.4g}", told))
     interrupted = [attempt for attempt in attempts if attempt.exit_code != ExitCode.DONE]
     if attempts:
         times = "once" if len(interrupted) == 1 else f"{len(interrupted)} times"
         broken = f", interrupted {times}" if interrupted else ", never interrupted"
         found.append((str(len(attempts)), f"attempt{'s' if len(attempts) > 1 else ''}{broken}"))
     if receipt.total_s > 0:
-        found.append((f"{receipt.goodput:.0%}", f"goodput of {format_duration(receipt.total_s)} rank time"))
+        found.append(
+            (f"{receipt.goodput:.0%}", f"goodput of {format_duration(receipt.total_s)} rank time, by the receipt")
+        )
     return found
 
 
-def _samples(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
-    """Grid and plan of each finished set of samples; `main` first."""
+def _samples(run: RunFolder, problems: list[str]) -> list[tuple[str, SampleIndex]]:
+    """Tag and index of each finished set of samples: `main` first, then by checkpoint."""
     found = []
-    folders = sorted((run.path / "samples").glob("*/index.json"), key=lambda path: (path.parent.name != "main", path))
-    for path in folders:
+    for path in sorted((run.path / "samples").glob("*/index.json")):
         try:
-            index = read_index(path.parent)
-            charts, single = _curves(index)
-            plan = [*_plan(index), *single]
-            found.append({"tag": path.parent.name, "picture": _grid(index), "plan": plan, "charts": charts})
+            found.append((path.parent.name, read_index(path.parent)))
         except HpcGenError as error:
             problems.append(str(error))
-    return found
+    return sorted(found, key=lambda each: (each[0] != "main", each[1].plan.checkpoint_images_seen, each[0]))
+
+
+def _shown(tag: str, index: SampleIndex, problems: list[str]) -> list[dict[str, Any]]:
+    """Grid, plan and curves of one set of samples; nothing for one whose images are damaged."""
+    try:
+        charts, single = _curves(index)
+        return [{"tag": tag, "picture": picture_of(index), "plan": [*_plan(index), *single], "charts": charts}]
+    except HpcGenError as error:
+        problems.append(str(error))
+        return []
+
+
+def _pairs(
+    samples: Sequence[tuple[str, SampleIndex]], metrics: Mapping[str, MetricFile], problems: list[str]
+) -> dict[str, Any]:
+    """Sets of samples side by side, and how many are not shown."""
+    try:
+        found = pairs(samples, metrics)
+    except HpcGenError as error:
+        problems.append(str(error))
+        found = []
+    return {"shown": found, "hidden": max(0, len(samples) - 1 - MAX_PAIRS)}
 
 
 def _curves(index: SampleIndex) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
@@ -154,18 +159,6 @@ def _curves(index: SampleIndex) -> tuple[list[dict[str, str]], list[tuple[str, s
     return charts, single
 
 
-def _grid(index: SampleIndex) -> Picture:
-    plan = index.plan
-    columns = plan.num_classes if 2 <= plan.num_classes <= 16 and plan.classes == "balanced" else GRID_COLUMNS
-    count = min(index.num_images, GRID_IMAGES // columns * columns)
-    side = index.image_shape[-1]
-    picture = grid(index.read(range(count)), columns, gap=max(1, side // 16), scale=max(1, 64 // side))
-    by_class = f"; each column is one of the {columns} classes" if columns == plan.num_classes else ""
-    caption = f"Images 0 to {count - 1} of {index.num_images:,}{by_class}"
-    uri = _data_uri(png_bytes(picture))
-    return Picture(uri, picture.width, picture.height, f"Grid of {count} generated images", caption)
-
-
 def _plan(index: SampleIndex) -> list[tuple[str, str]]:
     """The plan in words: (field, value)."""
     plan = index.plan
@@ -177,7 +170,7 @@ def _plan(index: SampleIndex) -> list[tuple[str, str]]:
         ("classes", classes),
         (
             "sampler",
-            ", ".join(f"{name} {_plain(value)}" for name, value in sorted(plan.settings.items())) or "defaults",
+            ", ".join(f"{name} {plain(value)}" for name, value in sorted(plan.settings.items())) or "defaults",
         ),
         ("seed", str(plan.seed)),
         ("blocks", f"{plan.block_images} images in batches of {plan.batch}"),
@@ -185,28 +178,6 @@ def _plan(index: SampleIndex) -> list[tuple[str, str]]:
         ("plan hash", plan.hash),
         ("checkpoint manifest", plan.checkpoint_manifest_sha256),
     ]
-
-
-def _plain(value: Any) -> str:
-    return "default" if value is None else str(value)
-
-
-def _data_uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def _previews(run: RunFolder) -> list[Picture]:
-    """Previews during training, evenly chosen from the first to the last."""
-    paths = sorted(path for path in run.previews.glob("*.png") if path.stem.isdigit())
-    if len(paths) > MAX_PREVIEWS:
-        paths = [paths[round(i * (len(paths) - 1) / (MAX_PREVIEWS - 1))] for i in range(MAX_PREVIEWS)]
-    found = []
-    for path in paths:
-        content = path.read_bytes()
-        width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])  # of the PNG header
-        seen = f"{int(path.stem):,} images"
-        found.append(Picture(_data_uri(content), width, height, f"Samples after {seen}", seen))
-    return found
 
 
 def _charts(rows: Sequence[Row], attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
@@ -238,24 +209,36 @@ def _chart_groups(series: Mapping[str, Sequence[tuple[float, float]]]) -> list[t
         if name not in series or name in drawn or any(series[name] == series.get(twin) for twin in twins):
             continue
         names = [each for each in (name, f"validation/{name}") if each in series]
-        title, unit = CHART_UNITS.get(name, ("Loss", "loss") if name == "loss" else (name, "value"))
+        title, unit = CHART_UNITS.get(name, ("Loss", "loss") if name == "loss" else _measured_title(name))
         groups.append((title, unit, names))
         drawn.update(names)
     return groups
 
 
-def _metrics(run: RunFolder, problems: list[str]) -> list[dict[str, Any]]:
-    """Every number with how it was made, `main` first; of those made in training the last (charts show all)."""
-    found = []
-    paths = sorted((run.path / "metrics").glob("*.json"), key=lambda path: (path.stem != "main", path))
-    online = [path for path in paths if path.stem.startswith(ONLINE)]
-    paths = [path for path in paths if path not in online[:-1]]
-    for path in paths:
+def _measured_title(name: str) -> tuple[str, str]:
+    """Title and unit of a series without a title of its own; `evaluate/fid` is a metric."""
+    title, direction = METRIC_TITLES.get(name.removeprefix("evaluate/"), (name, "value"))
+    return (
+        (f"{title} during training", direction) if name.startswith("evaluate/") and title != name else (name, "value")
+    )
+
+
+def _metrics(run: RunFolder, problems: list[str]) -> dict[str, MetricFile]:
+    """Every file of numbers by tag: `main` first, those of training last."""
+    found = {}
+    paths = (run.path / "metrics").glob("*.json")
+    for path in sorted(paths, key=lambda path: (path.stem.startswith(ONLINE), path.stem != "main", path)):
         try:
-            found.append({"tag": path.stem, "records": [_record(record) for record in results.read(path).records]})
+            found[path.stem] = results.read(path)
         except HpcGenError as error:
             problems.append(str(error))
     return found
+
+
+def _tag(tag: str) -> str:
+    """A tag as a title: `online-000000000640` is the newest evaluation during training."""
+    place = tag.removeprefix(ONLINE)
+    return f"during training, at {int(place):,} images" if tag.startswith(ONLINE) and place.isdigit() else tag
 
 
 def _record(record: MetricRecord) -> dict[str, Any]:
@@ -298,15 +281,10 @@ def _lines(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _versions(run: RunFolder) -> list[tuple[str, str]]:
+def _versions(files: Sequence[MetricFile]) -> list[tuple[str, str]]:
     """Versions by which the metrics of the run were computed, as recorded in them."""
-    for path in sorted((run.path / "metrics").glob("*.json")):
-        try:
-            records = results.read(path).records
-        except HpcGenError:
-            continue  # named among the problems already
-        for record in records:
-            versions = record.subject.get("versions")
-            if isinstance(versions, Mapping):
-                return [(str(name), str(version)) for name, version in versions.items()]
+    for record in (record for file in files for record in file.records):
+        versions = record.subject.get("versions")
+        if isinstance(versions, Mapping):
+            return [(str(name), str(version)) for name, version in versions.items()]
     return []

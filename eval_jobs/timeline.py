@@ -10,9 +10,11 @@ from hpc_gen.runtime import goodput
 from hpc_gen.runtime.errors import ExitCode
 from hpc_gen.runtime.journal import Attempt, Event
 from hpc_gen.runtime.progress import format_duration
-from hpc_gen.stages.status import ENDINGS
+from hpc_gen.stages.status import ending
 
 MAX_ATTEMPTS_DRAWN = 40
+MAX_FAULTS_TOLD = 5
+FAULTS = ("fault", "save_failed", "rollback")  # marked on the line, and told in the table
 
 BOOKED = {
     "productive": "steps and units that are part of the run as it stands",
@@ -29,6 +31,10 @@ def time_line(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str,
     """Attempts as bars on one time axis (places in percent), with their saves and signals, and as table rows."""
     if not attempts:
         return {"rows": [], "drawn": [], "ticks": [], "hidden": 0}
+    own: dict[tuple[int, str], list[Event]] = {}
+    for event in events:
+        if event.task == 0:
+            own.setdefault((event.attempt, event.stage), []).append(event)
     drawn = attempts[-MAX_ATTEMPTS_DRAWN:]
     begin = min(attempt.start for attempt in drawn)
     span = max(1.0, max(attempt.last_seen for attempt in drawn) - begin)
@@ -38,7 +44,7 @@ def time_line(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str,
 
     bars = []
     for attempt in drawn:
-        own = [e for e in events if (e.attempt, e.stage) == (attempt.number, attempt.stage) and e.task == 0]
+        mine = own.get((attempt.number, attempt.stage), [])
         bars.append(
             {
                 "label": f"{attempt.number} {attempt.stage}",
@@ -49,14 +55,10 @@ def time_line(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str,
                 "broken": attempt.exit_code != ExitCode.DONE,
                 "saves": [
                     {"left": percent(e.t), "text": f"checkpoint at {int(e.fields.get('images_seen') or 0):,} images"}
-                    for e in own
+                    for e in mine
                     if e.kind == "save_committed"
                 ],
-                "signals": [
-                    {"left": percent(e.t), "text": str(e.fields.get("detail") or e.kind)}
-                    for e in own
-                    if e.kind in ("signal", "fault", "save_failed", "rollback")
-                ],
+                "signals": [{"left": percent(e.t), "text": fault(e)} for e in mine if e.kind in FAULTS],
             }
         )
     rows = [
@@ -68,6 +70,8 @@ def time_line(events: Sequence[Event], attempts: Sequence[Attempt]) -> dict[str,
             "width": attempt.world_size,
             "from": "" if attempt.resumed_from is None else f"{attempt.resumed_from:,}",
             "ended": ending(attempt),
+            "saves": sum(1 for event in own.get((attempt.number, attempt.stage), []) if event.kind == "save_committed"),
+            "faults": _troubles(own.get((attempt.number, attempt.stage), [])),
             "broken": attempt.exit_code != ExitCode.DONE,
         }
         for attempt in attempts
@@ -84,13 +88,21 @@ def _utc(t: float) -> str:
     return datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def ending(attempt: Attempt) -> str:
-    """How an attempt ended, in words."""
-    if attempt.exit_code is None:
-        return "killed without a word"
-    known = attempt.exit_code in set(ExitCode)
-    word = ENDINGS[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
-    return word if attempt.cause in (None, "done", word) else f"{word} ({attempt.cause})"
+def _troubles(events: Sequence[Event]) -> list[str]:
+    """What went wrong in an attempt without ending it, in words; the first few, and how many more."""
+    told = [fault(event) for event in events if event.kind in FAULTS]
+    if len(told) > MAX_FAULTS_TOLD:
+        told[MAX_FAULTS_TOLD:] = [f"and {len(told) - MAX_FAULTS_TOLD} more faults"]
+    skipped = sum(event.kind == "non_finite" for event in events)
+    return [*told, *([f"{skipped} steps were not finite and left out"] if skipped else [])]
+
+
+def fault(event: Event) -> str:
+    """A fault in words."""
+    told = [str(event.fields[name]) for name in ("what", "detail", "error") if event.fields.get(name)]
+    if event.kind == "rollback":
+        told = [f"from {event.fields.get('images_seen', '?')} to {event.fields.get('resumed_from', '?')} images"]
+    return ": ".join([event.kind.replace("_", " "), *told])
 
 
 def receipt_rows(receipt: goodput.Goodput) -> dict[str, Any]:

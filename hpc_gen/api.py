@@ -66,6 +66,7 @@ class Run:
         self.folder = folder
         self.workspace = workspace
         self._ready: tuple[tuple[str, str | None, str], Method] | None = None
+        self._decoders: dict[str, Decoder | None] = {}
 
     def __repr__(self) -> str:
         return f"hpc_gen.load({str(self.path)!r})"
@@ -220,10 +221,9 @@ class Run:
     def _decoder(self, device: torch.device) -> Decoder | None:
         from hpc_gen.stages.build import open_decoder
 
-        known: dict[str, Decoder | None] = self.__dict__.setdefault("_decoders", {})
-        if str(device) not in known:
-            known[str(device)] = open_decoder(self.config, self._table, self.workspace, device)
-        return known[str(device)]
+        if str(device) not in self._decoders:
+            self._decoders[str(device)] = open_decoder(self.config, self._table, self.workspace, device)
+        return self._decoders[str(device)]
 
     def _method(self, info: CheckpointInfo, ema: str | None, device: torch.device) -> Method:
         """The method with these weights; the last one is kept, so that a second call starts at once."""
@@ -247,14 +247,13 @@ class Run:
     ) -> tuple[SamplePlan, Any]:
         """The plan of the sample section with what is given instead, and the typed sampler settings."""
         from hpc_gen.sampling.plan import SamplePlan, method_hash
-        from hpc_gen.stages.build import settings_of
         from hpc_gen.training.checkpoint import read
 
         config = self._sample_section()
         size = config.batch if batch is None else batch
         if size < 1:
             raise UserError(f"batch {size} is not a number of images; give 1 or more")
-        typed = self._settings({**config.settings, **settings}, settings_of)
+        typed = self._settings({**config.settings, **settings})
         plan = SamplePlan(
             run_identity=self.resolved.identity,
             checkpoint_images_seen=info.images_seen,
@@ -281,10 +280,12 @@ class Run:
 
         return self.config.sample or SampleConfig(num_images=max(1, self._table.index.num_classes) * 1_000_000)
 
-    def _settings(self, settings: dict[str, Any], settings_of: Callable[[Experiment, dict[str, Any]], Any]) -> Any:
+    def _settings(self, settings: dict[str, Any]) -> Any:
+        """The method's own type of them. Raises UserError naming the nearest setting, or what is refused."""
         from pydantic import ValidationError
 
         from hpc_gen.methods import registry
+        from hpc_gen.stages.build import settings_of
 
         known = registry.typed_config(self.config.method)[0].settings.model_fields
         for name in settings:
@@ -330,7 +331,8 @@ def _ids(num_images: int | None, ids: Sequence[int] | None) -> list[int]:
     """Which images are asked for. Raises UserError."""
     if (num_images is None) == (ids is None):
         raise UserError("say which images: give either num_images or ids")
-    wanted = list(range(num_images)) if num_images is not None else [int(i) for i in ids or ()]
+    chosen: Sequence[int] = range(num_images) if num_images is not None else () if ids is None else ids
+    wanted = [int(image_id) for image_id in chosen]
     if not wanted or min(wanted) < 0:
         raise UserError(f"{'no' if not wanted else 'negative'} image ids are no images; give numbers from 0")
     return wanted

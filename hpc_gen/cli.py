@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpc_gen import cli_daily
 from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
     Config,
@@ -98,13 +99,22 @@ def run(
 def _print_plan(config: str, overrides: list[str], workspace: Path | None, stages: str | None) -> None:
     from hpc_gen.config import loader
     from hpc_gen.runtime.run_folder import RunFolder
-    from hpc_gen.stages import run_setup, runner
+    from hpc_gen.stages import run_setup
     from hpc_gen.stages.control import runs_folder
 
+    root = workspace_of(workspace)
     resolved = run_setup.typed(loader.load(config, overrides))
-    folder = RunFolder(runs_folder(workspace_of(workspace)) / resolved.experiment.name)
-    for line in runner.plan(folder, resolved, _names(stages)):
+    folder = RunFolder(runs_folder(root) / resolved.experiment.name)
+    _say_plan(folder, run_setup.accepted(folder, resolved, root), _names(stages))
+
+
+def _say_plan(folder: Any, resolved: Any, stages: list[str] | None) -> None:
+    from hpc_gen.stages import forecast_plan, runner
+
+    for line in runner.plan(folder, resolved, stages):
         say(line)
+    for line in forecast_plan.lines(folder, resolved, stages):
+        say(f"disk        {line}")
 
 
 @app.command(
@@ -126,8 +136,7 @@ def _stage(text: str, name: str, workspace: Path | None, dry_run: bool) -> None:
 
     folder = run_of(text, workspace)
     if dry_run:
-        for line in runner.plan(folder, runner.load_run(folder), [name]):
-            say(line)
+        _say_plan(folder, runner.load_run(folder), [name])
     else:
         end(runner.run_stage(folder, name))
 
@@ -194,20 +203,33 @@ def preempt(
     end(0 if ended else UserError.exit_code)
 
 
-@app.command(epilog=example("hpc-gen resume demo-mnist16"))
-def resume(run: Run, workspace: Workspace = None, stages: Stages = None, dry_run: DryRun = False) -> None:
+@app.command(
+    epilog=example("hpc-gen resume demo-mnist16", "hpc-gen resume demo-mnist16 train.total_images=192000 train.ranks=1")
+)
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    stages: Stages = None,
+    dry_run: DryRun = False,
+) -> None:
     """Go on with a run, from its folder alone.
 
-    Its frozen config, the units that are committed and the newest whole checkpoint say what is left to do.
+    Its frozen config, the units that are committed and the newest whole checkpoint say what is left to do. Keys that
+    change no number computed so far may be replaced: those marked * by `config schema`, and a larger
+    train.total_images where the learning rate is constant. For others there is `hpc-gen fork`.
     """
-    from hpc_gen.stages import runner
+    from hpc_gen.stages import run_setup, runner
 
     folder = run_of(run, workspace)
     if dry_run:
-        for line in runner.plan(folder, runner.load_run(folder), _names(stages)):
-            say(line)
+        _say_plan(folder, run_setup.changed(folder, overrides or []), _names(stages))
     else:
+        run_setup.change_run(folder, overrides or [])
         end(runner.run_stages(folder, _names(stages), say))
+
+
+cli_daily.add_to(app)
 
 
 @app.command(epilog=example("hpc-gen doctor", "hpc-gen doctor --json"))

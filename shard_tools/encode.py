@@ -25,6 +25,7 @@ from hpc_gen.data.row_files import stored
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.stages.device import task_device
+from hpc_gen.stages.forecast import Need
 from hpc_gen.stages.units import StageContext, Unit
 from hpc_gen.tokenizers import CPU, FullPrecision
 from hpc_gen.training.precision import set_determinism
@@ -33,6 +34,9 @@ from shard_tools.recipe import recipe_of, refuse_other_recipe, row_names, row_or
 from shard_tools.sources import TRAIN, VALIDATION, Source, Split, open_source
 
 IMAGES_PER_POLL = 8  # a forward pass; a stop is looked for between them
+LABEL_BYTES = 8
+ROW_FILE_BYTES = 1500  # what pt and npz add to a row's tensors
+FILE_BLOCK = 4096  # a small file takes whole blocks of the disk
 SHOWN_BAD_IMAGES = 3  # named in an error message; index.json lists all
 
 
@@ -124,6 +128,22 @@ class EncodeWorker:
         # The facts first: a folder of shards without any is taken for another program's (data/foreign.py).
         files = {str(facts_path): staging / facts_path.name}
         return files | {str(output.folder / info.file): staging / info.file for info in shards_of(facts)}
+
+    def forecast(self) -> Need:
+        """What the missing units will write: a row as the tokenizer makes it of a black image, times their rows."""
+        missing = [(o, unit) for o in self.outputs.values() for unit in range(o.num_units)]
+        missing = [(o, unit) for o, unit in missing if not o.facts_path(unit).is_file()]
+        if not missing:
+            return Need(0, 0)
+        side = self.encode.image_size
+        black = torch.zeros(self.encode.channels, side, side, dtype=torch.uint8)
+        columns = self._tokenize([black], lambda: None)
+        row = sum(column.numel() * column.element_size() for column in columns.values()) + LABEL_BYTES
+        rows = sum(len(o.items(unit)) for o, unit in missing)
+        if self.encode.format == "ptshard":
+            return Need(rows * row, 2 * len(missing))
+        blocks = -(-(row + ROW_FILE_BYTES) // FILE_BLOCK)
+        return Need(rows * blocks * FILE_BLOCK, rows + len(missing))
 
     def _encode(
         self, output: Output, unit: int, poll: Callable[[], None]

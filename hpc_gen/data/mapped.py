@@ -32,16 +32,19 @@ NOT_OPEN = np.iinfo(np.int64).min // 2  # stays negative whatever offset of a ro
 class _Column:
     """One column of all open shards.
 
-    `rows_at` [numbers from the first shard to the last, *shape of a row]: element a is the row that begins a numbers
-    after the first shard's. Between the shards lies memory that is not ours: only rows of open shards are ever indexed.
+    `rows_at` [numbers from the first shard to the last]: element a, of all bytes of a row, is the row that begins a
+    numbers after the first shard's. Between the shards lies memory that is not ours: only rows of open shards are ever
+    indexed.
     `first` [shards]: where row 0 of the *table* would begin if all rows lay as those of this shard do; NOT_OPEN for
     shards that are not mapped.
     """
 
-    rows_at: npt.NDArray[Any]
+    rows_at: npt.NDArray[np.void]
     first: Int64Array
     row_numbers: int
-    stored: torch.dtype | None  # where numpy lacks it and `rows_at` holds integers of its size instead
+    shape: tuple[int, ...]  # of a row
+    held: np.dtype[Any]
+    stored: torch.dtype | None  # where numpy lacks it: `held` is then an integer of its size
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,15 @@ class PlannedRows:
     def __init__(self, window: _Window, places: Mapping[str, Int64Array]) -> None:
         """`places`: where each row begins in each column of the window."""
         self._window = window
-        columns = window.columns
+        named = [(name, found, window.columns[name]) for name, found in places.items()]
         # tuples, and no look-up per batch: beside the copy of a batch each call counts
-        self._parts = [(name, columns[name].rows_at, found, columns[name].stored) for name, found in places.items()]
+        self._parts = [(name, found, c.rows_at, c.held, (-1, *c.shape), c.stored) for name, found, c in named]
 
     def read(self, begin: int, end: int) -> dict[str, Tensor]:
         """Rows number `begin` to `end` of the plan, at least one: {column: Tensor [n, ...]}, the caller's own."""
         batch: dict[str, Tensor] = {}
-        for name, rows_at, places, stored in self._parts:
-            rows = torch.from_numpy(rows_at[places[begin:end]])
+        for name, places, rows_at, held, shape, stored in self._parts:
+            rows = torch.from_numpy(rows_at[places[begin:end]].view(held).reshape(shape))
             batch[name] = rows if stored is None else rows.view(stored)
         return batch
 
@@ -128,20 +131,22 @@ class MappedShards:
         columns: dict[str, _Column] = {}
         for name, column in self._columns.items():
             dtype: torch.dtype = getattr(torch, column.dtype)
+            held = _as_numpy(torch.empty(0, dtype=dtype)).dtype
             row_numbers = math.prod(column.shape)
+            row_type = f"V{row_numbers * dtype.itemsize}"
             first = np.full(len(self._starts) - 1, NOT_OPEN, dtype=np.int64)
-            rows_at: npt.NDArray[Any] = np.empty((1, *column.shape), dtype=np.uint8)
+            rows_at: npt.NDArray[np.void] = np.empty(0, dtype=row_type)
             if len(numbers):
-                tensors = [_as_numpy(shards[number][name]) for number in numbers.tolist()]
+                tensors = [_as_numpy(shards[number][name].reshape(-1)) for number in numbers.tolist()]
                 addresses = np.array([tensor.ctypes.data for tensor in tensors]) // dtype.itemsize
                 lowest = int(addresses.argmin())
                 addresses -= addresses[lowest]
                 begins = max(int(a) + t.size for a, t in zip(addresses, tensors, strict=True)) - row_numbers + 1
-                inner = np.empty(column.shape, dtype=tensors[0].dtype).strides
-                strides = (dtype.itemsize, *inner)  # rows begin at every number and overlap
-                rows_at = as_strided(tensors[lowest], (begins, *column.shape), strides, writeable=False)
+                row = tensors[lowest][:row_numbers].view(row_type)
+                rows_at = as_strided(row, (begins,), (dtype.itemsize,), writeable=False)  # rows that overlap
                 first[numbers] = addresses - self._starts[numbers] * row_numbers
-            columns[name] = _Column(rows_at, first, row_numbers, dtype if dtype in _FOREIGN else None)
+            stored = dtype if dtype in _FOREIGN else None
+            columns[name] = _Column(rows_at, first, row_numbers, column.shape, held, stored)
         return _Window(shards, columns)
 
 

@@ -136,6 +136,11 @@ class Table:
         """Hold at most so many shards mapped: as many as the order reads from at a time, or each is opened anew."""
         self._mapped.limit = max(1, shards)
 
+    @property
+    def num_open(self) -> int:
+        """Shards that are mapped now."""
+        return self._mapped.num_open
+
     def _empty(self, name: str, rows: int) -> Tensor:
         column = self.index.columns[name]
         return torch.empty((rows, *column.shape), dtype=getattr(torch, column.dtype))

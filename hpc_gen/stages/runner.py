@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from hpc_gen.config.loader import Resolved
 from hpc_gen.runtime import clock, commit, env, launch
-from hpc_gen.runtime.errors import ExitCode, StopRequested, UserError, nearest
+from hpc_gen.runtime.errors import ExitCode, HpcGenError, StopRequested, UserError, nearest
 from hpc_gen.runtime.fence import claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.rank_detection import detect
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
+from hpc_gen.stages import ending, forecast
 from hpc_gen.stages.run_setup import load_run, prepare_run
 from hpc_gen.stages.units import Ledger, StageContext, Unit, UnitWorker
 
@@ -52,6 +54,7 @@ def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -
     for number, name in enumerate(chosen, 1):
         printer(f"[{number}/{len(chosen)}] {run.name}: {name}")
         code = launch_stage(run, resolved, name)
+        ending.tell(run, resolved, name, code)
         if code != ExitCode.DONE:
             printer(_explain(run, name, code))
             return code
@@ -63,7 +66,7 @@ def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
     width = _width(resolved, name)
     argv = [sys.executable, "-P", "-m", "hpc_gen.cli", "stage", str(run.path), name]
     path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
-    extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace)}
+    extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace), ending.RUNNER: "1"}
     if name == "train":
         # ranks end together (a barrier), so one that has failed leaves the others nothing to do but to fail, too
         return launch.run_ranks(
@@ -96,14 +99,33 @@ def run_stage(run: RunFolder, name: str) -> int:
     stop.install()  # before the heavy imports: a signal during start-up is honoured
     resolved = load_run(run)
     _check_stage(resolved, name)
-    if name == "train":
-        from hpc_gen.stages.train import run_train
+    if env.get(ending.RUNNER):
+        return _stage_body(run, resolved, name, stop)[0]
+    code, message, answers = int(ExitCode.BUG), None, True
+    try:
+        code, answers = _stage_body(run, resolved, name, stop)
+    except HpcGenError as error:
+        code, message = int(error.exit_code), str(error)
+        raise
+    except Exception as error:
+        message = f"unexpected {type(error).__name__}: {error}"
+        raise
+    finally:
+        if answers and (name != "train" or detect(env.snapshot()).rank == 0):
+            ending.tell(run, resolved, name, code, message)
+    return code
 
-        if resolved.experiment.train is not None and resolved.experiment.train.time_limit_s is not None:
-            limit = resolved.experiment.train.time_limit_s - resolved.experiment.train.save_before_limit_s
-            stop.deadline = clock.process_start() + limit
-        return int(run_train(run, resolved, run.workspace, stop))
-    return int(_run_units(run, resolved, name, stop))
+
+def _stage_body(run: RunFolder, resolved: Resolved, name: str, stop: StopToken) -> tuple[int, bool]:
+    """The exit code, and whether this process is the one of its stage to tell of it."""
+    if name != "train":
+        return _run_units(run, resolved, name, stop)
+    from hpc_gen.stages.train import run_train
+
+    if resolved.experiment.train is not None and resolved.experiment.train.time_limit_s is not None:
+        limit = resolved.experiment.train.time_limit_s - resolved.experiment.train.save_before_limit_s
+        stop.deadline = clock.process_start() + limit
+    return int(run_train(run, resolved, run.workspace, stop)), True
 
 
 def _check_stage(resolved: Resolved, name: str) -> None:
@@ -145,29 +167,37 @@ def make_worker(context: StageContext) -> UnitWorker:
     return worker
 
 
-def _run_units(run: RunFolder, resolved: Resolved, name: str, stop: StopToken) -> ExitCode:
-    """One task of a stage of units: its share of the missing ones, then the end of the stage if all are there."""
+def _run_units(run: RunFolder, resolved: Resolved, name: str, stop: StopToken) -> tuple[int, bool]:
+    """One task of a stage of units: its share of the missing ones, then the end of the stage if all are there.
+
+    Returns the exit code, and whether this is the task to tell of the stage's end: the one that completed it, the first
+    one of those that were stopped.
+    """
     task, num_tasks = int(env.get("HPC_GEN_TASK") or 0), int(env.get("HPC_GEN_NUM_TASKS") or 1)
     given = env.get("HPC_GEN_ATTEMPT")
     attempt = int(given) if given else claim_attempt(run, name)
     journal = Journal(run, attempt, name, task)
     context = StageContext(run, resolved, name, run.workspace, task, num_tasks, journal)
     journal.event("attempt_start", world_size=num_tasks, rank=task, process_start=clock.process_start())
-    code, cause = ExitCode.BUG, "error"
+    code, cause, answers = ExitCode.BUG, "error", task == 0
     try:
         worker = make_worker(context)
-        _do_units(run, context, worker, stop)
+        answers = _do_units(run, context, worker, stop)
         code, cause = ExitCode.DONE, "done"
     except StopRequested as error:
         code, cause = ExitCode(error.exit_code), str(error)
         print(f"{name}: stopped between two units ({error.stop.detail}); what is committed stays", flush=True)
+    except HpcGenError as error:
+        code, cause = error.exit_code, str(error)
+        raise
     finally:
         journal.event("attempt_end", exit_code=int(code), cause=cause)
         journal.close()
-    return code
+    return int(code), answers
 
 
-def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: StopToken) -> None:
+def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: StopToken) -> bool:
+    """Returns whether this task completed the stage."""
     units, fingerprint = worker.units(), worker.fingerprint()
     ledger = Ledger(run.ledger(context.stage), run.path)
     missing = {unit.name for unit in ledger.missing(units, fingerprint)}
@@ -177,6 +207,9 @@ def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: S
         print(f"{context.stage}: all {len(units)} units are committed already", flush=True)
     elif len(units) > len(missing):
         print(f"{context.stage}: {len(units) - len(missing)} of {len(units)} units are committed already", flush=True)
+
+    if missing:
+        _check_room(context, worker)
 
     def poll() -> None:
         found = stop.poll()
@@ -189,8 +222,28 @@ def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: S
         _do_unit(run, context, worker, ledger, unit, fingerprint, poll)
         progress.update(number)
     progress.close()
-    if all(ledger.is_committed(unit.name, fingerprint) for unit in units):
+    complete = all(ledger.is_committed(unit.name, fingerprint) for unit in units)
+    if complete:
         worker.finish()
+    return complete and (bool(share) or context.task == 0)
+
+
+def _check_room(context: StageContext, worker: UnitWorker) -> None:
+    """Refuse a stage whose files will not fit; each task looks, the first one says what is only a warning."""
+    experiment = context.experiment
+    if isinstance(worker, forecast.Forecasts):
+        told = (worker.forecast(), context.workspace / experiment.data.table)
+    else:
+        found = forecast.stage_need(context.run, experiment, context.stage)
+        if found is None:
+            return
+        told = found
+
+    def say(line: str) -> None:
+        if context.task == 0:
+            print(line, flush=True)
+
+    forecast.check(context.stage, *told, experiment.data.forecast, say)
 
 
 def _do_unit(

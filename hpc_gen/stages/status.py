@@ -14,8 +14,9 @@ from hpc_gen.config.errors import ConfigError
 from hpc_gen.runtime import clock, goodput, journal
 from hpc_gen.runtime.errors import CheckpointError, ExitCode
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages import outline
+from hpc_gen.stages import forecast, outline
 from hpc_gen.stages.control import Holder, holder, lost_holder, runs_folder
+from hpc_gen.stages.parent import origins
 from hpc_gen.training.checkpoint import manifest
 
 ENDINGS = {
@@ -79,7 +80,8 @@ class RunStatus:
     """Everything `hpc-gen status` tells. Times in seconds; `running` names the process at work.
 
     `lost_holder`: who held the lock and is gone; `last_seen`: wall time of the newest line of the journal. In the list
-    of all runs `goodput` is empty and `disk` None: they would need every line and every file.
+    of all runs `goodput` is empty and `disk` None: they would need every line and every file. `forecast`: what the
+    stages will still write, in words; `origins`: what the weights began from, (what, words).
     """
 
     name: str
@@ -99,6 +101,8 @@ class RunStatus:
     lost_holder: str | None = None
     last_seen: float | None = None
     disk: DiskUse | None = None
+    forecast: tuple[str, ...] = ()
+    origins: tuple[tuple[str, str], ...] = ()
 
     @property
     def over(self) -> bool:
@@ -190,6 +194,8 @@ def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus
         lost_holder=lost_holder(run) if running is None else None,
         last_seen=max((attempt.last_seen for attempt in attempts), default=None),
         disk=disk_use(run.path) if whole else None,
+        forecast=tuple(forecast.of_run(run)) if whole else (),
+        origins=tuple(origins(run)),
     )
 
 

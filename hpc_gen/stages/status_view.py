@@ -78,7 +78,7 @@ def sheet(found: RunStatus, now: float | None = None) -> Sheet:
     ]
     columns = ("stage", "state", "progress", "time left", "attempts", "cause")
     above, below = [f"{found.name}: {found.state}"], list(_facts(found, now))
-    return Sheet(above, columns, rows, below, found.over, news=replace(found, disk=None))
+    return Sheet(above, columns, rows, below, found.over, news=replace(found, disk=None, forecast=()))
 
 
 def lines(found: RunStatus, now: float | None = None) -> Iterator[str]:
@@ -237,6 +237,10 @@ def _facts(found: RunStatus, now: float) -> Iterator[str]:
         yield f"  checkpoint   {problem}"
     if found.disk is not None:
         yield f"  disk used    {'' if found.disk.whole else 'at least '}{format_count(found.disk.bytes)}B"
+    for line in found.forecast:
+        yield f"  disk to come {line}"
+    for what, words in found.origins:
+        yield f"  {what:<13}{words}"
     yield f"  at work      {_at_work(found, now)}"
     yield f"  folder       {found.path}"
     yield f"  identity     {found.identity[:16]}"

@@ -111,6 +111,7 @@ def train(job: TrainJob) -> Stop | None:
     """
     config, guard = job.config, NonFiniteGuard(job.config.non_finite)
     feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
+    job.progress.go_on_from(job.state.images_seen)
     timing = Timing()
     stop: Stop | None = _catch_up(job, timing)
     try:
@@ -134,6 +135,7 @@ def train(job: TrainJob) -> Stop | None:
                 _book(job, timing)
                 _roll_back(job)
                 feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
+                job.progress.go_on_from(job.state.images_seen)
                 timing = Timing()
                 continue
             if verdict is Verdict.SKIPPED:

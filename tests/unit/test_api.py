@@ -14,6 +14,7 @@ import torch
 import hpc_gen
 from eval_jobs import evaluate, sample
 from hpc_gen.api import Run
+from hpc_gen.data.write import write_table
 from hpc_gen.runtime.errors import CheckpointError, UserError
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.sampling.generate import sampling_mode
@@ -91,6 +92,19 @@ def test_labels_given_to_a_plan() -> None:
     facts = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
     given = LabelledPlan(**facts, given={5: 3})
     assert given.labels(torch.tensor([4, 5, 6])).tolist() == [0, 3, 2]
+
+
+def test_a_run_without_a_sample_section_and_without_classes(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    columns = {"pixels": torch.zeros(8, 1, 8, 8, dtype=torch.uint8), "labels": torch.zeros(8, dtype=torch.int64)}
+    write_table(tmp_path / "tables" / "train", columns, shard_rows=8, num_classes=0)
+    toy_run.make_run(tmp_path, "sample=null", "evaluate=null", "method.num_classes=1")
+    plain = hpc_gen.load(tmp_path / "runs" / "toy")
+    images = plain.generate(3, steps=2, batch=3)
+    assert images.shape == (3, 3, 8, 8) and plain.workspace == tmp_path
+    assert torch.equal(plain.generate(ids=torch.tensor([2, 0]), steps=2, batch=3), images[[2, 0]])  # type: ignore[arg-type]
+    refuses(UserError, lambda: plain.generate(2, labels=0), "run 'toy' was trained without classes")
+    refuses(UserError, lambda: plain.samples(), "has no samples with the tag 'main'; run its sample stage first")
 
 
 def test_torch_is_left_as_it_was(run: Run) -> None:

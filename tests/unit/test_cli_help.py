@@ -37,7 +37,8 @@ def commands() -> dict[str, object]:
 
 COMMANDS = commands()
 CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "preempt", "resume", "shards fetch",
-            "shards index", "weights fetch", "weights import", "weights export", "metrics stats"]  # fmt: skip
+            "shards index", "weights fetch", "weights import", "weights export", "metrics stats",
+            "fork", "gc"]  # fmt: skip
 
 
 def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +60,7 @@ def test_all_commands_are_there() -> None:
         "demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "status", "preempt", "resume", "doctor",
         "config show", "config schema", "shards fetch", "shards info", "shards verify", "weights fetch",
         "shards index", "weights list", "weights verify", "weights import", "weights export",
-        "checkpoints list", "checkpoints verify", "metrics stats",
+        "checkpoints list", "checkpoints verify", "metrics stats", "fork", "compare", "gc",
     }  # fmt: skip
 
 

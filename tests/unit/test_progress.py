@@ -54,6 +54,18 @@ def test_a_resumed_run_has_the_rate_of_its_own_work(fake: clock.FakeClock) -> No
     assert progress.rate == 5.0 and progress.eta_s == 10.0
 
 
+def test_a_start_that_is_known_later(fake: clock.FakeClock) -> None:
+    out = io.StringIO()
+    progress = Progress(1000, "train", stream=out)
+    fake.advance(5.0)
+    progress.go_on_from(600)
+    for done in (700, 1000):
+        fake.advance(10.0)
+        progress.update(done)
+    lines = out.getvalue().splitlines()
+    assert "10 images/s  ETA 30s" in lines[0] and "20 images/s  took 20s" in lines[1]
+
+
 def test_the_rate_is_that_of_the_last_minute(fake: clock.FakeClock) -> None:
     progress = Progress(None, "scan", unit="files", stream=io.StringIO())
     fake.advance(1000.0)  # a slow start

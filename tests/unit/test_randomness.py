@@ -164,3 +164,15 @@ def test_permutations() -> None:
     assert one.dtype == np.int64 and sorted(one) == list(range(1000)) == sorted(other)
     assert (one != other).any() and (one == permutation(0, "order", 0, 1000)).all()
     assert permutation(0, "order", 0, 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1000), (0, 2), (5, 2**31), (0, 2**32), (0, 2**32 + 5), (-3, 2**40), (-(2**63), 2**63 - 1)]
+)
+def test_a_single_integer_is_the_first_of_an_array_of_one(low: int, high: int) -> None:
+    """Single numbers take another way through numpy; checkpoints of before were drawn by this one."""
+    key = randomness.stream_key(0, "one")
+    found = randomness.Stream(0, "one").batch(Draw((), Integers(low, high)), range(200))
+    engine = randomness._Engine()
+    expected = [engine.at(key, n, 0).integers(low, high, size=1, dtype=np.int64)[0] for n in range(200)]
+    assert found.tolist() == [int(value) for value in expected]

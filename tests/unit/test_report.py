@@ -1,5 +1,6 @@
 """The report: one self-contained page from a run folder, whole or half done; charts that say what the rows say."""
 
+import html
 import html.parser
 import math
 import re
@@ -12,9 +13,11 @@ import torch
 
 from eval_jobs import evaluate, report, sample
 from eval_jobs.charts import LOG_ABOVE, Mark, Series, label, line_chart, log_ticks, thin, ticks
+from hpc_gen.config import loader
 from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.sampling.images import grid, png_bytes
+from hpc_gen.stages import run_setup
 from tests.support import toy_run
 
 START = 1_700_000_000.0
@@ -70,6 +73,17 @@ def write_journal(run, images: int = 64, step: int = 8, seconds: float = 10.0) -
         journal.close()
 
 
+def write_second_set(workspace, run) -> None:
+    """Samples and metrics of an earlier checkpoint under another tag, one metric of them measured otherwise."""
+    early = ("sample.tag=early", "evaluate.tag=early", "sample.checkpoint=32", "evaluate.kid_subset_size=8")
+    resolved = run_setup.typed(loader.loads(toy_run.EXPERIMENT, early))
+    toy_run.write_checkpoint(run, resolved, workspace, images_seen=32)
+    for stage, factory in (("sample", sample.worker), ("evaluate", evaluate.worker)):
+        made = factory(toy_run.context(run, resolved, workspace, stage))
+        toy_run.do_units(run, made)
+        made.finish()
+
+
 def write_previews(run) -> None:
     run.previews.mkdir(exist_ok=True)
     for seen in range(8, 97, 8):
@@ -91,6 +105,7 @@ def whole(tmp_path_factory):
         made = factory(toy_run.context(run, resolved, workspace, stage))
         toy_run.do_units(run, made)
         made.finish()
+    write_second_set(workspace, run)
     write_journal(run)
     write_previews(run)
     made = report.worker(toy_run.context(run, resolved, workspace, "report"))
@@ -238,29 +253,147 @@ def test_non_finite_losses_make_gaps(tmp_path):
     assert "killed without a word" in page
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="headless Chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window_in_chromium(whole, width, tmp_path):
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole[3])
-    measure = "<script>document.title = 'width ' + document.documentElement.scrollWidth</script></body>"
-    opened = page.replace("<details>", "<details open>").replace("</body>", measure)
-    # a window of Chromium is never narrower than about 500 pixels, a frame is
-    (tmp_path / "page.html").write_text(opened.replace("document.title =", "parent.document.title ="))
+def test_sets_of_samples_stand_side_by_side(whole):
+    page = whole[3]
+    assert "main, at 64 images · early, at 32 images" in page
+    assert "Grid of 20 generated images of &#39;main&#39;" in page and "images of &#39;early&#39;" in page
+    part = page[page.index('id="side"') : page.index('id="metrics"')]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", part, flags=re.DOTALL)
+    words = [re.sub(r"<[^>]*>", " ", cell).split() for cell in cells]
+    fid = next(i for i, cell in enumerate(words) if cell[:2] == ["Frechet", "distance"])
+    left, right, difference = (float(cells[fid + i]) for i in (1, 2, 3))
+    assert left != right and difference == pytest.approx(right - left, abs=2e-3)
+    assert "no difference: &#39;kid&#39; was measured in two ways: settings.subset_size is 8 in one and 10" in part
+    assert "no difference: &#39;isc&#39; has no value (not available: extractor has no logits)" in part
+    assert "<td>checkpoint images seen</td><td>64</td><td>32</td>" in part and "<td>seed</td>" not in part
+    assert part.count("<details") == 1
+
+
+def test_metrics_over_checkpoints_only_of_what_was_measured_alike(whole):
+    part = whole[3][whole[3].index('id="curves"') : whole[3].index('id="training"')]
+    assert "Frechet distance (FID) by checkpoint" in part and "Precision by checkpoint" in part
+    assert "Kernel distance" not in part  # other subsets
+    assert part.count('class="dot s0"') == 2 * part.count("<svg")
+
+
+def test_one_set_of_samples_stands_beside_nothing(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path)
+    made = sample.worker(toy_run.context(run, resolved, tmp_path, "sample"))
+    toy_run.do_units(run, made)
+    made.finish()
+    page = report.render(run, resolved)
+    assert "Side by side" not in page and "Metrics by checkpoint" not in page and "Sample plan" in page
+    _read(page)
+
+
+def test_damaged_images_of_one_set_leave_the_others(whole):
+    _, run, resolved, page = whole
+    path = next((run.samples("early") / "units").glob("*/000001.png"))
+    content = path.read_bytes()
+    path.write_bytes(content[:50])
+    damaged = report.render(run, resolved)
+    path.write_bytes(content)
+    _read(damaged)
+    assert damaged.count("cannot be read as an image") == 1 and "Side by side" not in damaged
+    assert damaged.count("Sample plan") == 1 and page.count("Sample plan") == 2
+
+
+def test_faults_are_told_in_the_table(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path, checkpoint=False)
+    journal = Journal(run, 1, "train")
+    journal.event("attempt_start", world_size=1, rank=0)
+    for number in range(7):
+        journal.event("fault", what="preview failed", detail=f"<disk {number} is full>")
+    journal.event("rollback", images_seen=24, resumed_from=16)
+    journal.event("non_finite", images_seen=24)
+    journal.event("save_committed", images_seen=16)
+    journal.row(24, {"loss": 1.0})
+    journal.close()
+    page = report.render(run, resolved)
+    _read(page)
+    assert "fault: preview failed: &lt;disk 4 is full&gt;" in page and '<td class="right wide">1</td>' in page
+    table = page[page.index("<tbody>") :]
+    assert "disk 5" not in table and "and 3 more faults" in table and "1 steps were not finite and left out" in table
+    assert "rollback: from 24 to 16 images" in page  # marked on the time line
+
+
+def in_chromium(page, width, script, folder):
+    """The text that `script` puts into the variable `told` when the page stands in a window of that width, as a file.
+
+    A window of Chromium is never narrower than about 500 pixels, a frame is.
+    """
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    script = f"<script>let told = ''; {script}; parent.document.title = 'told ' + told</script></body>"
+    (folder / "page.html").write_text(page.replace("</body>", script))
     frame = f'<iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}")
+    (folder / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}")
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     flags += " --disable-component-update --allow-file-access-from-files --window-size=1400,1000"
     found = subprocess.run(
-        [shutil.which("chromium"), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-        + [(tmp_path / "frame.html").as_uri()],
+        [shutil.which("chromium"), *flags.split(), f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+        + [(folder / "frame.html").as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    title = re.search(r"<title>(.*?)</title>", found.stdout)[1]
-    assert title.startswith("width "), title
-    assert int(title.split()[1]) <= width
+    title = re.search(r"<title>(.*?)</title>", found.stdout, flags=re.DOTALL)[1]
+    assert title.startswith("told "), title
+    return html.unescape(title.removeprefix("told "))
+
+
+with_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="headless Chromium is not installed")
+
+
+@with_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window_in_chromium(whole, width, tmp_path):
+    opened = re.sub("<details([^>]*)>", r"<details\1 open>", whole[3].replace(" open>", ">"))
+    assert opened.count("<details") == opened.count(" open>")
+    told = in_chromium(opened, width, "told = document.documentElement.scrollWidth", tmp_path)
+    assert int(told) <= width
+
+
+KEYBOARD = """
+for (const e of document.querySelectorAll('details')) e.open = true;
+const reached = [...document.querySelectorAll('a[href], summary, [tabindex="0"]')];
+const scrolling = [...document.querySelectorAll('*')].filter(e => e.scrollWidth > e.clientWidth + 1
+  && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX));
+told += reached.length > 20 ? '' : 'too few; ';
+for (const e of scrolling) if (!reached.includes(e)) told += 'cannot be scrolled by keys: ' + e.className + '; ';
+if (document.querySelector('button, input, [onclick], [tabindex]:not([tabindex="0"]):not([tabindex="-1"])'))
+  told += 'unexpected control; ';
+const skip = reached[0];
+if (skip.className !== 'skip' || skip.getBoundingClientRect().left >= 0) told += 'no hidden skip link first; ';
+for (const e of reached) {
+  e.focus();
+  const style = getComputedStyle(e);
+  if (document.activeElement !== e) told += 'not focused: ' + e.outerHTML.slice(0, 60) + '; ';
+  else if (style.outlineStyle === 'none' || parseFloat(style.outlineWidth) < 2)
+    told += 'focus is not seen: ' + e.outerHTML.slice(0, 60) + '; ';
+}
+skip.focus();
+if (skip.getBoundingClientRect().left < 0) told += 'skip link stays hidden; ';
+skip.click();
+if (location.hash !== '#main' || document.getElementById('main').tabIndex !== -1) told += 'skip link leads nowhere; ';
+for (const e of document.querySelectorAll('details')) {
+  const before = e.open; e.querySelector('summary').click(); if (e.open === before) told += 'does not open; ';
+}
+told += 'all ' + document.querySelectorAll('details').length + ' open and close';
+"""
+
+
+@with_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_everything_is_reached_and_seen_by_keyboard_in_chromium(whole, width, tmp_path):
+    told = in_chromium(whole[3], width, KEYBOARD, tmp_path)
+    assert told == f"all {whole[3].count('<details')} open and close"
+
+
+@with_chromium
+def test_the_page_is_seen_to_be_without_a_skip_link(whole, tmp_path):
+    """The measurement above can fail."""
+    assert "no hidden skip link first" in in_chromium(whole[3].replace('class="skip"', ""), 390, KEYBOARD, tmp_path)
 
 
 # ---------------------------------------------------------------- charts

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -13,16 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from hpc_gen import cli, cli_errors
 from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.fence import Fence, attempt_path, claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages import control
+from hpc_gen.stages import control, status_view
 from hpc_gen.stages.status import StatusReader, all_runs, disk_use, status
 from hpc_gen.stages.status_view import lines, list_sheet, sheet, tell
 
@@ -339,6 +342,27 @@ def test_a_reader_sees_what_is_new(run: RunFolder) -> None:
     assert reader.read().state == "not begun"
     train(run, None, 128, 85, "SIGTERM")
     assert reader.read() == replace(status(run), disk=reader.read().disk)
+
+
+def test_the_commands_of_the_page_run(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every shell line of docs/status.md, on a finished run of that name."""
+    page = (REPOSITORY / "docs" / "status.md").read_text()
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 5 and all(command.startswith("hpc-gen ") for command in commands)
+    train(run, None, 640, 0, "done")
+    units(run, "sample", 2)
+    units(run, "report", 1)
+    run.path.rename(tmp_path / "runs" / "demo-mnist16")
+    monkeypatch.setenv("HPC_GEN_WORKSPACE", str(tmp_path))
+    for command in commands:
+        arguments = command.split()[1:]
+        code = cli_errors.exit_code_of(partial(cli.app, arguments, standalone_mode=False), arguments)
+        shown = capsys.readouterr()
+        assert code == 0 and "demo-mnist16" in shown.out and not shown.err, command
+    words = {"waiting", *(word for word in status_view._STYLES)}
+    assert all(f"\n| {word} |" in page for word in words)
 
 
 # ---------------------------------------------------------------- preempt

@@ -88,6 +88,67 @@ def test_threads_share_a_table(tmp_path: Path) -> None:
     assert not wrong
 
 
+def test_few_shards_stay_mapped_and_rows_read_before_stay(tmp_path: Path) -> None:
+    whole = make_table(tmp_path)
+    table = Table.open(tmp_path)
+    table.keep_open(2)
+    kept = [(n, table.read([n], ("moments", "bf"))) for n in (0, 8, 12, 20)]  # a row of each shard
+    assert table.num_open == 2
+    for n, batch in kept:  # copies: their shards may be gone
+        assert torch.equal(batch["moments"], whole["moments"][[n]]) and torch.equal(batch["bf"], whole["bf"][[n]])
+    planned = table.plan(np.array([0, 20, 3]), ("pixels",))
+    table.read(np.arange(7, 20), ("pixels",))  # the other two shards: those of the plan are let go
+    assert torch.equal(planned.read(0, 3)["pixels"], whole["pixels"][[0, 20, 3]])
+    assert torch.equal(planned.read(1, 2)["pixels"], whole["pixels"][[20]])
+    table.read(np.arange(21), ("labels",))  # all four at once
+    assert table.num_open == 4
+    table.read([0], ("labels",))
+    table.keep_open(1)
+    table.keep_open(3)
+    assert torch.equal(table.read([8], ("labels",))["labels"], whole["labels"][[8]])
+
+
+def test_shards_used_of_late_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_table(tmp_path)
+    table = Table.open(tmp_path)
+    table.keep_open(2)
+    opened: list[int] = []
+    original = table._mapped._open_shard
+    monkeypatch.setattr(table._mapped, "_open_shard", lambda number: opened.append(number) or original(number))
+    for rows in ([0], [8], [12], [8], [12], [0]):
+        table.read(rows, ("labels",))
+    assert opened == [0, 1, 2, 0]
+
+
+def test_columns_that_lie_between_the_multiples_of_their_size(tmp_path: Path) -> None:
+    """Such shards are not written by torch; the gather must not read them shifted."""
+    whole = make_table(tmp_path)
+    table = Table.open(tmp_path)
+    original = table._mapped._open_shard
+
+    def shifted(number: int) -> dict[str, torch.Tensor]:
+        shard = original(number)
+        memory = bytearray(1) + bytearray(shard["moments"].numpy().tobytes())
+        moments = torch.frombuffer(memory, dtype=torch.uint8)[1:]
+        crooked = torch.frombuffer(memory, dtype=torch.float16, offset=1)
+        assert crooked.data_ptr() == moments.data_ptr()
+        return {**shard, "moments": crooked.view_as(shard["moments"])}
+
+    table._mapped._open_shard = shifted
+    assert torch.equal(table.read(np.arange(21), ("moments",))["moments"], whole["moments"])
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 2], [4, 4, 6], [5, 4, 4]])
+def test_shards_of_even_and_uneven_size(tmp_path: Path, sizes: list[int]) -> None:
+    whole = make_table(tmp_path, sizes)
+    table = Table.open(tmp_path)
+    rows = np.random.default_rng(1).permutation(sum(sizes))
+    assert torch.equal(table.read(rows, ("pixels",))["pixels"], whole["pixels"][rows])
+    for outside in ([sum(sizes)], [0, sum(sizes) + 1], [-1]):
+        with pytest.raises(DataError, match=f"has {sum(sizes)} rows; asked for"):
+            table.read(outside, ("pixels",))
+
+
 def test_bad_requests(tmp_path: Path) -> None:
     make_table(tmp_path)
     table = Table.open(tmp_path)

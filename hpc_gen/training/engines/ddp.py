@@ -47,6 +47,7 @@ class DdpEngine:
                 module.requires_grad_(False)
         self._buffer_versions = {b: b._version for module in self._modules.values() for b in module.buffers()}
         self._moving: set[Tensor] | None = None  # buffers that a step has changed; None: no step was made yet
+        self._stepping: str | None = None  # the role for which modes and requires_grad are set
         self._trainable = {role: list(o.parameters.values()) for role, o in self._optimizers.items()}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -108,6 +109,7 @@ class DdpEngine:
 
     def evaluate(self, turn: Turn, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
         """Global mean of each term and their weighted total `loss`; a rank without rows passes no micro-batch."""
+        self._stepping = None
         for module in self._modules.values():
             module.eval()  # no forward may move a buffer here, or ranks would part; step() puts them back
         with torch.no_grad():
@@ -170,6 +172,9 @@ class DdpEngine:
 
     def _train_only(self, role: str) -> None:
         """requires_grad on the stepped role alone; every role in train mode (DESIGN section 4, objective)."""
+        if self._stepping == role:  # as the step before left them
+            return
+        self._stepping = role
         for other, parameters in self._trainable.items():
             for parameter in parameters:
                 parameter.requires_grad_(other == role)
