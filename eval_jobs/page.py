@@ -155,7 +155,7 @@ def _curves(index: SampleIndex) -> tuple[list[dict[str, str]], list[tuple[str, s
         if len(points) > 1:
             charts.append({"title": title, "svg": line_chart(title, unit, [Series(name, points)], over=over)})
         elif points:
-            single.append((title, f"{points[0][1]:.4g} of {curve.counts[int(points[0][0])]:,.0f}"))
+            single.append((title, f"{points[0][1]:.4g}, mean of {curve.counts[int(points[0][0])]:,.0f}"))
     return charts, single
 
 

@@ -143,6 +143,8 @@ class NonFiniteConfig(Section):
     """Skipped steps in a row after which training goes back to the newest checkpoint."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 2
     """Times that training goes back before it ends as diverged (exit code 75)."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """A loss above this factor times the median of the last 100 steps counts as not finite; null = no limit."""
 
 
 class TrainConfig(Section):

@@ -55,7 +55,11 @@ class Stop:
 
 
 class StopToken:
-    """The one flag of a process. `deadline` (wall seconds, None: no limit) may be set at any time."""
+    """The one flag of a process.
+
+    `deadline` (wall seconds, None: no limit) may be set at any time; from then on it is counted on the clock that
+    never goes back, so a wall clock that is set back does not make the job outlive its limit.
+    """
 
     def __init__(self, run_folder: RunFolder | None = None, deadline: float | None = None) -> None:
         """`run_folder`: where STOP and PREEMPT files are looked for; None: nowhere."""
@@ -63,6 +67,15 @@ class StopToken:
         self._run = run_folder
         self._stop: Stop | None = None
         self._looked_at: float | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """Wall seconds at which the time limit is reached, as the clock stands now; None: no limit."""
+        return None if self._due is None else clock.now() + self._due - clock.monotonic()
+
+    @deadline.setter
+    def deadline(self, wall_s: float | None) -> None:
+        self._due = None if wall_s is None else clock.monotonic() + wall_s - clock.now()
 
     def install(self) -> None:
         """Take over SIGTERM, SIGUSR1, SIGUSR2 and SIGINT, then unblock them: one that was held back while the
@@ -83,7 +96,7 @@ class StopToken:
 
     def poll(self) -> Stop | None:
         """What this process knows of, without asking other ranks. Cheap: files at most once a second."""
-        if self.deadline is not None and clock.now() >= self.deadline:
+        if self._due is not None and clock.monotonic() >= self._due:
             self.request(Cause.TIME_LIMIT, "time limit")
         if self._run is not None:
             moment = clock.monotonic()

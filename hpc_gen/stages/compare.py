@@ -177,7 +177,8 @@ def _config_lines(found: Comparison) -> Iterator[str]:
         yield "config: no difference"
         return
     numbers = sum(each.identity for each in found.differences)
-    yield f"config: {len(found.differences)} differences, {numbers} of them change numbers"
+    number = len(found.differences)
+    yield f"config: {number} difference{'s' if number > 1 else ''}, {numbers} in keys that change numbers"
     rows = [
         (each.key, show(each.first), show(each.second), "changes numbers" if each.identity else "operation")
         for each in found.differences
@@ -190,7 +191,7 @@ def _curve_lines(curve: Curve) -> Iterator[str]:
         yield f"{curve.name}: logged by both, but never at the same images seen"
         return
     shown = f", {len(curve.points)} of them shown" if len(curve.points) < curve.common else ""
-    yield f"{curve.name} at the {curve.common} images seen that both logged{shown}"
+    yield f"{curve.name} at the images seen that both logged ({curve.common}{shown})"
     rows = [(f"{images:,}", _number(a), _number(b), _signed(a - b)) for images, a, b in curve.points]
     yield from _table(("images", "A", "B", "A - B"), rows)
 

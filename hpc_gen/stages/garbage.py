@@ -99,7 +99,7 @@ def report(name: str, found: list[Garbage], dry_run: bool) -> Iterator[str]:
         mine = [each for each in found if each.kind == kind]
         if mine:
             size, files = sum(each.bytes for each in mine), sum(each.files for each in mine)
-            yield f"{name}: {verb} {len(mine)} {kind}: {format_count(size)}B in {files:,} files"
+            yield f"{name}: {verb} {kind}: {len(mine)}, {format_count(size)}B in {files:,} files and folders"
             for each in mine:
                 yield f"  {format_count(each.bytes):>8}B  {each.path}"
 

@@ -292,6 +292,12 @@ def _check_identity(
     if told in extended and told != facts["identity"]:
         journal.event("extended", images_seen=loaded.images_seen, changed=extended[told])
         facts = {**facts, "identity": told}
+    if told != facts["identity"] and loaded.facts.get("threads") != facts["threads"]:
+        raise CheckpointError(
+            f"{loaded.path} was trained with {loaded.facts.get('threads')} threads per rank, now 'train.threads' is "
+            f"{facts['threads']}, which changes the last bits of every sum; set 'train.threads' back, or start a new "
+            "run with another name"
+        )
     for key, what in (("identity", "seed, method, data or train section"), ("table", "training table")):
         if loaded.facts.get(key) != facts[key]:
             raise CheckpointError(

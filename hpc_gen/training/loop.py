@@ -6,6 +6,7 @@ weights, optimizer, averages and `TrainState` come from the checkpoint, everythi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,10 +140,10 @@ def train(job: TrainJob) -> Stop | None:
                 timing = Timing()
                 continue
             if verdict is Verdict.SKIPPED:
-                job.journal.event("non_finite", images_seen=job.state.images_seen, run=job.state.non_finite_run)
-                job.say(f"step before {job.state.images_seen} images was not finite and was skipped")
+                _tell_skipped(job, results)
             else:
                 job.ema.update(job.engine.trained_roles())
+                guard.remember(job.state, {purpose: result.total for purpose, result in results.items()})
                 job.state.add_losses(_row_values(results))
             stop = _at_intervals(job, timing, job.periodic)
     finally:
@@ -172,8 +173,22 @@ def _step_all_turns(job: TrainJob, micro_batches: Sequence[Any]) -> dict[str, St
     results: dict[str, StepResult] = {}
     for turn in job.method.turns(images_seen // config.global_batch, images_seen):
         micros = [(micro.batch, micro.draws[turn.purpose]) for micro in micro_batches]
-        results[turn.purpose] = job.engine.step(turn, micros, rate)
+        highest = NonFiniteGuard(config.non_finite).highest_loss(job.state, turn.purpose)
+        results[turn.purpose] = job.engine.step(turn, micros, rate, highest)
     return results
+
+
+def _tell_skipped(job: TrainJob, results: Mapping[str, StepResult]) -> None:
+    """Which step was skipped, and why."""
+    spikes = [
+        result.total
+        for result in results.values()
+        if not result.finite and math.isfinite(result.total) and math.isfinite(result.grad_norm)
+    ]
+    why = f"a spike of the loss ({spikes[0]:.4g})" if spikes else "not finite"
+    told = {"loss": spikes[0]} if spikes else {}
+    job.journal.event("non_finite", images_seen=job.state.images_seen, run=job.state.non_finite_run, **told)
+    job.say(f"step before {job.state.images_seen} images was {why} and was skipped")
 
 
 def _row_values(results: Mapping[str, StepResult]) -> dict[str, float]:

@@ -20,6 +20,7 @@ class TrainState:
     `digest`: sum mod 2**64 over all samples up to the last save or load of the hash of (position, row, draws), over all
     ranks; `digest_here`: this rank's part since then. Their global sum is the same on any number of ranks.
     `draw_counter`: k of every draw, the number of roll-backs, so that a repeated stretch draws afresh.
+    `recent`: losses of the last steps by turn, where the guard watches for spikes.
     `best_loss`: lowest validation loss at a checkpoint so far; `best_images`: the place of that checkpoint (-1: none).
     """
 
@@ -31,6 +32,7 @@ class TrainState:
     non_finite_run: int = 0
     best_loss: float = float("inf")
     best_images: int = -1
+    recent: dict[str, list[float]] = field(default_factory=dict)
     window: dict[str, float] = field(default_factory=dict)
     window_steps: int = 0
 
@@ -56,7 +58,7 @@ class TrainState:
         return means
 
     def tensors(self) -> dict[str, Tensor]:
-        """`train/NAME` -> 0-dim int64 or float64 tensor."""
+        """`train/NAME` -> 0-dim int64 or float64 tensor; `train/recent/TURN` float64 [steps]."""
         out = {
             "train/images_seen": torch.tensor(self.images_seen),
             "train/digest": torch.tensor(self.digest - _UINT64 if self.digest >= _UINT64 // 2 else self.digest),
@@ -69,6 +71,8 @@ class TrainState:
         }
         for name, value in self.window.items():
             out[f"train/window/{name}"] = torch.tensor(value, dtype=torch.float64)
+        for purpose, losses in self.recent.items():
+            out[f"train/recent/{purpose}"] = torch.tensor(losses, dtype=torch.float64)
         return out
 
     @classmethod
@@ -87,6 +91,8 @@ class TrainState:
             )
         except KeyError as error:
             raise CheckpointError(f"the checkpoint has no entry {error}; it was written by another version") from error
+        prefix = "train/recent/"
+        state.recent = {key[len(prefix) :]: v.tolist() for key, v in tensors.items() if key.startswith(prefix)}
         prefix = "train/window/"
         state.window = {key[len(prefix) :]: float(v) for key, v in tensors.items() if key.startswith(prefix)}
         return state

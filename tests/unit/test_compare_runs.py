@@ -45,7 +45,7 @@ def test_keys_that_differ_and_which_of_them_change_numbers(pair: tuple[RunFolder
         Difference("train.save_every", 16, 32, False),
     ]
     text = "\n".join(lines(found))
-    assert "config: 2 differences, 1 of them change numbers" in text
+    assert "config: 2 differences, 1 in keys that change numbers" in text
     assert "train.optimizer.lr  0.001  0.5  changes numbers" in text
     assert "train.save_every    16     32   operation" in text
 
@@ -61,7 +61,9 @@ def test_no_difference_and_nothing_logged(tmp_path: Path) -> None:
 
 def test_other_methods_have_keys_that_the_other_lacks(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    second = workspace.run("b", text=LINEAR.replace('{name: "tiny_method:ENTRY"}', '{name: "tiny_method:ENTRY", bad_from: 8}'))
+    second = workspace.run(
+        "b", text=LINEAR.replace('{name: "tiny_method:ENTRY"}', '{name: "tiny_method:ENTRY", bad_from: 8}')
+    )
     found = compare(workspace.run("a", "train.init_from=null", text=LINEAR), second)
     assert found.differences == [Difference("method.bad_from", None, 8, True)]
 
@@ -72,7 +74,7 @@ def test_losses_at_the_images_seen_that_both_logged(pair: tuple[RunFolder, RunFo
     [curve] = compare(*pair).curves
     assert curve.name == "loss" and curve.common == 2 and curve.points[0] == (32, 3.0, 3.5)
     text = "\n".join(lines(compare(*pair)))
-    assert "loss at the 2 images seen that both logged" in text and "32      3  3.5  -0.5" in text
+    assert "loss at the images seen that both logged (2)" in text and "32      3  3.5  -0.5" in text
     shown = json.loads(compare(*pair).to_json())  # strict JSON
     assert shown["curves"][0]["points"][1] == [48, 2.0, "nan"] and shown["images_seen"] == [48, 48]
 

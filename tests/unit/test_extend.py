@@ -89,9 +89,18 @@ def test_a_cosine_is_refused_naming_the_fork(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["train.total_images=32"], r"cannot be shortened from train.total_images = 48 to 32; train.stop_at_images=32 ends"),
-        (["train.total_images=96", "seed=3"], r"was made with other settings: seed \(7 -> 3\); train.total_images \(48 -> 96\)"),
-        (["train.optimizer.lr=1"], r"other settings: train.optimizer.lr .* go on from its weights with `hpc-gen fork tiny`"),
+        (
+            ["train.total_images=32"],
+            r"cannot be shortened from train.total_images = 48 to 32; train.stop_at_images=32 ends",
+        ),
+        (
+            ["train.total_images=96", "seed=3"],
+            r"was made with other settings: seed \(7 -> 3\); train.total_images \(48 -> 96\)",
+        ),
+        (
+            ["train.optimizer.lr=1"],
+            r"other settings: train.optimizer.lr .* go on from its weights with `hpc-gen fork tiny`",
+        ),
         (["name=other"], "a run keeps its name; `hpc-gen fork tiny --at latest --name NEW` begins another"),
     ],
 )

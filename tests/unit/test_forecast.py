@@ -59,7 +59,9 @@ def test_what_cannot_fit_is_refused_in_one_sentence(disk: dict[str, int | None])
 
 def test_too_few_files_are_left(disk: dict[str, int | None]) -> None:
     disk["files"] = 49_999
-    with pytest.raises(UserError, match=r"but only 49,999 files are free; .* or draw fewer images \(sample.num_images\)"):
+    with pytest.raises(
+        UserError, match=r"but only 49,999 files are free; .* or draw fewer images \(sample.num_images\)"
+    ):
         said_by(Need(GB, 50_000), "sample")
     with pytest.raises(UserError, match="needs about 50,000 files in"):
         said_by(Need(None, 50_000), "sample")
@@ -231,7 +233,7 @@ def test_encoding_is_refused(tmp_path: Path, disk: dict[str, int | None], monkey
 
 def test_the_plan_knows_what_can_be_known(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "runs" / "tiny")
-    found = resolved("sample={num_images: 8, block_images: 4, batch: 4}", text=TINY)
+    found = resolved("method.num_classes=4", "sample={num_images: 8, block_images: 4, batch: 4}", text=TINY)
     lines = forecast_plan.lines(run, found)
     assert [line.split()[0] for line in lines] == ["train", "sample"] and not run.path.exists()
     assert re.match(r"train will write about \d+\.\d kB and \d+ files; ", lines[0])

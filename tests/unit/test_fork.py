@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from experiments import LINEAR, TABLE, TINY, Workspace, contents, leftovers, make_workspace, rows, scratch_folder
+from experiments import LINEAR, TINY, Workspace, contents, leftovers, make_workspace, rows, scratch_folder
 
 from hpc_gen.data.write import write_table
 from hpc_gen.runtime import commit, fence
@@ -182,7 +182,7 @@ def test_a_kill_leaves_no_half_fork(parent: RunFolder, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(commit.ops, "observer", count)
     outcomes = set()
-    for die_at in range(1, 400, 7):
+    for die_at in range(1, 400, 7):  # noqa: B007  read by `count`
         operations = 0
         try:
             child = fork(parent, "child", [], silent, at=AT)
@@ -212,7 +212,11 @@ def test_a_full_disk_is_seen_before(parent: RunFolder, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("run", "change", "message"),
     [
-        ("energy", "method.hidden=32", r"cannot carry the change of method.hidden \(16 -> 32\): it has 'model/denoiser/"),
+        (
+            "energy",
+            "method.hidden=32",
+            r"cannot carry the change of method.hidden \(16 -> 32\): it has 'model/denoiser/",
+        ),
         ("energy", "method.depth=2", r"cannot carry the change of method.depth \(1 -> 2\): it has no 'model/denoiser/"),
         ("energy", "method.variant=energy", r"method.variant \('standard' -> 'energy'\): it has no 'model/denoiser/"),
         ("energy", "train.ema.slow={decay: 0.99}", r"train.ema.slow.decay \(null -> 0.99\): it has no average 'slow'"),
@@ -221,7 +225,9 @@ def test_a_full_disk_is_seen_before(parent: RunFolder, monkeypatch: pytest.Monke
         ("parent", "train.init_from={run: energy}", "'train.init_from' is for runs without a checkpoint"),
     ],
 )
-def test_what_the_checkpoint_cannot_carry(base: Workspace, parent: RunFolder, run: str, change: str, message: str) -> None:
+def test_what_the_checkpoint_cannot_carry(
+    base: Workspace, parent: RunFolder, run: str, change: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         fork(RunFolder(base.path / "runs" / run), "child", [change], silent, at=AT)
     assert not (base.path / "runs" / "child").exists()

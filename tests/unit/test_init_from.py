@@ -75,7 +75,7 @@ def first_weights(run: RunFolder, base: Workspace) -> dict[str, Tensor]:
     """Weights with which the run began: those of a checkpoint after no step, and the average of the same moment."""
     checkpoint = read.newest(run)
     assert checkpoint.images_seen == 8
-    return {name: tensor for name, tensor in storage.load(checkpoint.path).items()}
+    return storage.load(checkpoint.path)
 
 
 ONE_STEP = ("train.total_images=8", "train.save_every=8", "train.log_every=8", "train.schedule.warmup_images=8")
@@ -157,11 +157,17 @@ def test_the_same_command_again_goes_on_whatever_became_of_the_source(base: Work
     run = prepared(base, "train.init_from.weights=weights.safetensors", *ONE_STEP)
     before = run_setup.load_run(run).identity
     path.write_bytes(b"other")
-    assert run_setup.load_run(prepared(base, "train.init_from.weights=weights.safetensors", *ONE_STEP)).identity == before
-    with pytest.raises(DataError, match=r"has the SHA-256 .*, 'train.init_from.sha256' is .*: it is not what was asked"):
+    assert (
+        run_setup.load_run(prepared(base, "train.init_from.weights=weights.safetensors", *ONE_STEP)).identity == before
+    )
+    with pytest.raises(
+        DataError, match=r"has the SHA-256 .*, 'train.init_from.sha256' is .*: it is not what was asked"
+    ):
         base.train(run)  # but what it would load now is not what it says it loads
     path.unlink()
-    with pytest.raises(UserError, match=r"'train.init_from.weights' cannot be read: .*paths are relative to the workspace"):
+    with pytest.raises(
+        UserError, match=r"'train.init_from.weights' cannot be read: .*paths are relative to the workspace"
+    ):
         base.train(run)
     with pytest.raises(UserError, match=r"was made with other settings: train.init_from"):
         prepared(base, "train.init_from.run=source", *ONE_STEP)
@@ -197,13 +203,20 @@ def test_without_strict_what_was_not_taken_is_counted_printed_and_journaled(
     base: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (first, wanted), (second, _) = named_parameters(base)[:2]
-    export(base, **{first.replace(".", "__"): torch.zeros(1, 2, 3), second.replace(".", "__"): None, "extra": torch.ones(2)})
+    export(
+        base,
+        **{first.replace(".", "__"): torch.zeros(1, 2, 3), second.replace(".", "__"): None, "extra": torch.ones(2)},
+    )
     run = prepared(base, "train.init_from={weights: weights.safetensors, strict: false}", *ONE_STEP)
     assert base.train(run) is ExitCode.DONE
     said = capsys.readouterr().out
     total = len(read.load_role(read.newest(source(base)).path, "denoiser"))
     assert f"initial weights of role 'denoiser': {total - 2} of {total} tensors taken; 3 differences" in said
-    for phrase in (f"the source lacks '{second}'", "the source has unknown 'extra'", f"the source has '{first}' as [1, 2, 3]"):
+    for phrase in (
+        f"the source lacks '{second}'",
+        "the source has unknown 'extra'",
+        f"the source has '{first}' as [1, 2, 3]",
+    ):
         assert phrase in said
     told = next(line for line in journal_lines(run) if line["kind"] == "initial_weights")
     assert len(told["left"]["denoiser"]) == 3 and told["differences"] == {"denoiser": 3}  # type: ignore[index]
@@ -265,7 +278,9 @@ class TwoRoles:
 
 def test_every_role_of_a_run_frozen_ones_included(monkeypatch: pytest.MonkeyPatch, base: Workspace) -> None:
     method: Method = TwoRoles()  # type: ignore[assignment]
-    given = {role: {k: torch.full_like(v, 3.0) for k, v in m.state_dict().items()} for role, m in method.roles().items()}
+    given = {
+        role: {k: torch.full_like(v, 3.0) for k, v in m.state_dict().items()} for role, m in method.roles().items()
+    }
     asked: list[tuple[str, str | None]] = []
 
     def load_role(path: Path, role: str, ema: str | None = None) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ def heard(path: Path) -> list[dict[str, str]]:
 
 
 def configured(tmp_path: Path, command: list[str] | None = None, on: str = "", text: str = LINEAR) -> RunFolder:
-    run = Workspace(tmp_path).run("toy", f"notify.command={json.dumps(command or teller(tmp_path / 'heard'))}", *([on] if on else []), text=text)
+    run = Workspace(tmp_path).run(
+        "toy", f"notify.command={json.dumps(command or teller(tmp_path / 'heard'))}", *([on] if on else []), text=text
+    )
     return run
 
 
@@ -187,7 +189,10 @@ def test_a_real_stage_tells_of_its_mistake(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError):
         runner.run_stage(run, "odd")
     [told] = heard(tmp_path / "heard")
-    assert told["HPC_GEN_EXIT_CODE"] == "2" and "'nowhere:make' of stage 'odd' cannot be imported" in told["HPC_GEN_MESSAGE"]
+    assert (
+        told["HPC_GEN_EXIT_CODE"] == "2"
+        and "'nowhere:make' of stage 'odd' cannot be imported" in told["HPC_GEN_MESSAGE"]
+    )
     [attempt] = journal.attempts(run)
     assert attempt.exit_code == ExitCode.USER and "cannot be imported" in str(attempt.cause)
 

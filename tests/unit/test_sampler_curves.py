@@ -36,7 +36,7 @@ def test_curves_add_up_over_blocks_and_are_shown(tmp_path):
 
     page = report.render(run, resolved)
     assert "Energy along the inner loop" in page and "inner steps" in page
-    assert f"{accepted.sums[0] / 120:.4g} of 120" in page
+    assert f"{accepted.sums[0] / 120:.4g}, mean of 120" in page
 
     shutil.rmtree(run.samples("main"))
     shutil.rmtree(run.ledger("sample"))

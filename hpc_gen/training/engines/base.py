@@ -39,8 +39,13 @@ class Engine(Protocol):
         """Roles that have an optimizer."""
         ...
 
-    def step(self, turn: Turn, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches, reduction, clipping and one optimizer step."""
+    def step(
+        self, turn: Turn, micro_batches: Sequence[MicroBatch], lr: float, highest_loss: float | None = None
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, reduction, clipping and one optimizer step.
+
+        A total above `highest_loss` counts as not finite: no weight changes.
+        """
         ...
 
     def evaluate(self, turn: Turn, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:

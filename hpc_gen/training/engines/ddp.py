@@ -58,7 +58,9 @@ class DdpEngine:
         """Roles that have an optimizer."""
         return list(self._optimizers)
 
-    def step(self, turn: Turn, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+    def step(
+        self, turn: Turn, micro_batches: Sequence[MicroBatch], lr: float, highest_loss: float | None = None
+    ) -> StepResult:
         """One optimizer step of `turn.role` over the global batch; see Engine."""
         buckets, optimizer = self._buckets[turn.role], self._optimizers[turn.role]
         self._train_only(turn.role)
@@ -80,7 +82,7 @@ class DdpEngine:
         buckets.finish()
         self._sync_buffers()
         weights = {name: term.weight for name, term in losses.terms.items()}
-        result = self._finish(turn, buckets, optimizer, self._means(sums, counts), weights, lr)
+        result = self._finish(turn, buckets, optimizer, self._means(sums, counts), weights, lr, highest_loss)
         if not result.finite:
             for buffer, kept in before:  # a running statistic that took in a NaN would never lose it again
                 buffer.copy_(kept)
@@ -94,11 +96,13 @@ class DdpEngine:
         means: dict[str, float],
         weights: dict[str, float],
         lr: float,
+        highest_loss: float | None,
     ) -> StepResult:
         norm = buckets.norm()
         grad_norm = float(norm)
         loss = sum(weights[name] * mean for name, mean in means.items() if weights[name] != 0.0)
         finite = math.isfinite(grad_norm) and all(math.isfinite(mean) for mean in means.values())
+        finite = finite and (highest_loss is None or loss <= highest_loss)
         if finite:
             clip = self._config.optimizer.clip
             if clip is not None and grad_norm > clip:
