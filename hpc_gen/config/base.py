@@ -69,9 +69,11 @@ def split(value: Any) -> tuple[Any, Any]:
                 continue
             if inner is None and _is_marked(field, "when_set"):
                 continue
-            identity[name], inner_operation = split(inner)
+            inner_identity, inner_operation = split(inner)
             if inner_operation:
                 operation[name] = inner_operation
+            if not (_is_marked(field, "when_set") and inner_operation and not inner_identity):
+                identity[name] = inner_identity  # a section of operation keys alone changes no number by being there
         return identity, operation
     if isinstance(value, dict):
         parts = {key: split(inner) for key, inner in value.items()}

@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hpc_gen.config.base import OPERATION, EntryName, FolderName, KeyName, NonEmpty, PositiveInt, Section, Sha256
+from hpc_gen.config.base import (
+    OPERATION,
+    WHEN_SET,
+    EntryName,
+    FolderName,
+    KeyName,
+    NonEmpty,
+    PositiveInt,
+    Section,
+    Sha256,
+)
 from hpc_gen.config.daily import InitFromConfig, NotifyConfig
 from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.kl_vae import KlVaeConfig
@@ -330,7 +340,7 @@ class Experiment(Section):
     evaluate: EvaluateConfig | None = None
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
-    notify: NotifyConfig | None = Field(default=None, json_schema_extra=OPERATION)
+    notify: NotifyConfig | None = Field(default=None, json_schema_extra=WHEN_SET)
     """Command that is told how each stage ended; null = nobody is."""
     stages: list[str] | None = Field(default=None, json_schema_extra=OPERATION)
     """Stages to run, in order; null = every configured one."""

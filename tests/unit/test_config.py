@@ -157,7 +157,7 @@ def test_identity_is_pinned() -> None:
     assert len(toy().operation) == 64
 
 
-PINNED_IDENTITY = "daa2e53b6e71ea2c0ecf535f6609fc93d006b0a210144841d2b3ab1699014ad5"
+PINNED_IDENTITY = "9d77e3573f8acc2af6b38882fa24a4cb25d1c376441eb0a0918e61374cbacd73"
 
 
 @pytest.mark.parametrize(
@@ -300,3 +300,8 @@ def test_shipped_experiment(path: Path) -> None:
 
 def test_there_are_demo_experiments() -> None:
     assert {path.stem for path in SHIPPED} >= {"mnist16", "emoji32"}
+
+
+def test_a_section_of_operation_keys_changes_no_identity() -> None:
+    told = toy("notify.command=[notify-send, done]")
+    assert told.identity == toy().identity and told.operation != toy().operation
