@@ -129,7 +129,9 @@ def check_columns(method: Method, table: Table) -> None:
             raise DataError(f"{table.folder} has no column '{name}' (it has: {have}); encode it, or name another table")
         if column.dtype not in spec.dtypes:
             wanted = " or ".join(spec.dtypes)
-            raise DataError(f"{table.folder}: column '{name}' is {column.dtype}, the method reads {wanted}; encode it anew")
+            raise DataError(
+                f"{table.folder}: column '{name}' is {column.dtype}, the method reads {wanted}; encode it anew"
+            )
         shape = tuple(column.shape)
         if len(shape) != len(spec.shape) or any(w not in (-1, s) for w, s in zip(spec.shape, shape, strict=True)):
             raise DataError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +43,13 @@ def read_only(folder: Path) -> Iterator[Path]:
 def fill(disk: Path, leave_bytes: int) -> Path:
     """Take all but `leave_bytes` of a disk; remove the file returned to have the room again."""
     filler = disk / "filler"
-    with filler.open("wb") as stream:
-        try:
-            while True:
-                stream.write(bytes(4096))
-                stream.flush()
-        except OSError:
+    descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
+    try:
+        while os.write(descriptor, bytes(4096)):
             pass
-    with filler.open("r+b") as stream:
-        stream.truncate(max(0, filler.stat().st_size - leave_bytes))
+    except OSError as error:
+        assert error.errno == errno.ENOSPC, error
+    finally:
+        os.close(descriptor)
+    os.truncate(filler, max(0, filler.stat().st_size - leave_bytes))
     return filler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import experiments
@@ -17,7 +18,7 @@ from hpc_gen.data.ptshard import columns_of, content_sha256
 from hpc_gen.data.table import Table
 from hpc_gen.data.write import write_table
 from hpc_gen.runtime import commit
-from hpc_gen.runtime.errors import DataError, ExitCode
+from hpc_gen.runtime.errors import DataError, ExitCode, UserError
 
 SHARD = "shard_00001.pt"
 AGAIN = "restore it or encode the table again"
@@ -116,15 +117,16 @@ def test_latents_of_another_size(workspace: Workspace) -> None:
     moments = torch.randn(16, 8, 8, 8).half()
     columns = {"moments": moments, "moments_flip": moments.flip(-1).contiguous(), "labels": torch.arange(16) % 4}
     tokenizer = {"name": "kl_vae", "architecture": {}, "weights_sha256": "0" * 64, "scale": 1.0, "shift": 0.0}
-    write_table(workspace.path / "tables/latents", columns, shard_rows=8, num_classes=4, tokenizer=tokenizer)
-    run = workspace.run("a", "data.table=tables/latents", "method.input=moments", "method.image_size=128", "method.channels=4")
-    with pytest.raises(DataError) as caught:
+    index = write_table(workspace.path / "tables/latents", columns, shard_rows=8, num_classes=4)
+    replace(index, tokenizer=tokenizer).write(workspace.path / "tables/latents")
+    latents = ("data.table=tables/latents", "data.validation_table=null")
+    run = workspace.run("a", *latents, "method.input=moments", "method.channels=4", "method.image_size=256")
+    with pytest.raises(UserError) as caught:
         workspace.train(run)
-    assert re.fullmatch(
-        r"\S+tables/latents: a row of column 'moments' has shape \(8, 8, 8\), the method needs \(8, 16, 16\); change "
-        "the method's sizes or encode at another size",
-        str(caught.value),
+    assert str(caught.value) == (
+        "column 'moments' of the training table has rows of shape [8, 8, 8], but method.image_size = 256 and "
+        "method.channels = 4 with method.tokenizer_stride = 16 need [8, 16, 16]; change these keys or encode the table anew"
     )
-    run = workspace.run("b", "data.table=tables/latents", "method.channels=4")
-    with pytest.raises(DataError, match=r"tables/latents has no column 'pixels' \(it has: labels, moments, moments_flip\)"):
+    run = workspace.run("b", *latents)
+    with pytest.raises(UserError, match=r"method\.input is 'pixels', but the training table has no column 'pixels' \(it has "):
         workspace.train(run)
