@@ -22,7 +22,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def set_determinism(deterministic: bool, threads: int) -> None:
     """Fix what changes the last bits: thread count always; atomics, autotuning and TF32 when `deterministic`."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    # torch.use_deterministic_algorithms would import the whole of torch._inductor to tell the compiler as well: a
+    # second of every rank's start. Nothing here is compiled; torch.compile would need that config's `deterministic` too
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # torch would fill every new tensor with NaN as well, to show reads of uninitialised memory; results do not change
     torch.utils.deterministic.fill_uninitialized_memory = False
     if torch.cuda.is_available():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -94,19 +91,3 @@ def test_a_state_that_does_not_fit_is_refused(change: dict, message: str) -> Non
     state = {name: tensor for name, tensor in {**optimizer.state(), **change}.items() if tensor is not None}
     with pytest.raises(CheckpointError, match=message):
         RoleOptimizer(network(), GROUPS, CONFIG).load(state)
-
-
-def test_a_step_does_not_import_the_compiler() -> None:
-    """torch._dynamo takes a second of every rank's start."""
-    script = (
-        "import sys, torch\n"
-        "from hpc_gen.config.experiment import OptimizerConfig\n"
-        "from hpc_gen.methods.protocol import ParameterGroup\n"
-        "from hpc_gen.training.optimizers import RoleOptimizer\n"
-        "module = torch.nn.Linear(2, 2)\n"
-        "made = RoleOptimizer(module, [ParameterGroup(('weight', 'bias'))], OptimizerConfig(lr=1e-3))\n"
-        "module(torch.ones(1, 2)).sum().backward()\n"
-        "made.step(1e-3)\n"
-        "sys.exit('torch._dynamo' in sys.modules)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

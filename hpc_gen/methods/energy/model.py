@@ -113,7 +113,10 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        # not nn.Embedding(...): it draws initial values, on the meta device by a decomposition that imports torch's
+        # compiler (a second of every rank's start); `initialise` draws ours
+        table = torch.empty(num_classes + 1, width)
+        self.embedding_table = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, y_B: Tensor) -> Tensor:
         """Embedding [B, D]."""
