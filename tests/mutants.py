@@ -72,17 +72,17 @@ MUTANTS = (
     Mutant(
         "off-by-one resume",
         "hpc_gen/training/loop.py",
-        "    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)\n    timing = Timing()\n",
+        "    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)\n    job.progress.go_on",
         "    skip = job.config.global_batch if job.state.images_seen else 0\n"
         "    job.state.images_seen += skip\n"
-        "    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)\n    timing = Timing()\n",
+        "    feed = job.open_feed(job.state.images_seen, job.state.draw_counter)\n    job.progress.go_on",
         ("tests/distributed/test_exact_resume.py",),
     ),
     Mutant(
         "label shift",
         "hpc_gen/methods/energy/objective.py",
-        '        y_B = batch["labels"]\n',
-        '        y_B = (batch["labels"] + 1) % self.num_classes\n',
+        'draws["t"], batch["labels"]\n',
+        'draws["t"], (batch["labels"] + 1) % self.num_classes\n',
         ("tests/unit/test_reference_loop.py",),
     ),
     Mutant(
