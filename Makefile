@@ -35,7 +35,7 @@ $(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
 setup: $(VENV)/.stamp-demo  ## install into .venv
 	@echo "set up: $(BIN)/hpc-gen --help"
 
-demo: setup  ## the whole thing on real images, six minutes on two quiet cores
+demo: setup  ## the whole thing on real images, six to nine minutes on two cores
 	@$(BIN)/hpc-gen demo
 
 cluster-setup:  ## a real Slurm for the cluster tests (Debian, as root)

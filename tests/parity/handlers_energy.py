@@ -213,11 +213,12 @@ def pd_loss_total(case: Case) -> Produced:
     """The whole training loss through the method's objective, weighted as the engine weights it."""
     tensors = case.tensors()
     method = _method(case, tensors)
+    turn = method.turns(0, 0)[TURN]
     order = ("t", "noise", "contrastive_noise", "perturbation", "refinement_noise")
     drawn = sorted(name for name in tensors if name.startswith("in.draw_"))
-    draws = {name: tensors[given] for name, given in zip(order, drawn, strict=True)}
+    wanted = [name for name in order if name in method.draws(turn)]  # a loss that is off draws nothing
+    draws = {name: tensors[given] for name, given in zip(wanted, drawn, strict=True)}
     draws["drop"] = torch.ones(len(draws["t"]))  # a draw of 1 drops no label
-    turn = method.turns(0, 0)[TURN]
     if {*method.draws(turn)} != {*draws}:
         raise AssertionError(f"the method draws {sorted(method.draws(turn))}, the case has {sorted(draws)}")
     batch = {"latents": tensors["in.x0"], "labels": tensors["in.y"]}
@@ -226,7 +227,7 @@ def pd_loss_total(case: Case) -> Produced:
     total = torch.stack([terms[name].weight * mean for name, mean in means.items()]).sum()
     total.backward()
     names = {"mse": "mse_loss", "contrastive": "energy_loss", "refinement": "opt_refinement_loss"}
-    parts = {f"out.{theirs}": means[ours] for ours, theirs in names.items()}
+    parts = {f"out.{theirs}": means.get(ours, torch.zeros(())) for ours, theirs in names.items()}
     return Produced({"out.total_loss": total, **parts, **_gradients(method)})
 
 
