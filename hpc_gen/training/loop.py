@@ -25,6 +25,7 @@ from hpc_gen.runtime.progress import Progress
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded
+from hpc_gen.training.checkpoint.pieces import Pieces
 from hpc_gen.training.ema import EmaSet
 from hpc_gen.training.engines.base import Engine, StepResult
 from hpc_gen.training.guard import NonFiniteGuard, Verdict
@@ -97,9 +98,10 @@ def restore(job: TrainJob, loaded: Loaded | None) -> None:
         for role in job.ema.averages:
             for name, tensor in job.ema.tensors(role).items():
                 key = f"ema/{role}/{name}"
-                if key not in loaded.tensors or loaded.tensors[key].shape != tensor.shape:
+                stored = loaded.tensors.get(key)  # each access reads from disk
+                if stored is None or stored.shape != tensor.shape:
                     raise CheckpointError(f"{loaded.path} has no '{key}' of the right shape; was train.ema changed?")
-                tensor.copy_(loaded.tensors[key])
+                tensor.copy_(stored)
     job.state = TrainState.from_tensors(loaded.tensors)
     assert job.state.images_seen == loaded.images_seen, "a checkpoint's name and its clock differ"
     job.chain.begun_images = job.chain.committed_images = loaded.images_seen
@@ -321,7 +323,7 @@ def _save(job: TrainJob) -> float:
     if job.state.best_images >= 0:
         job.chain.best_images = job.state.best_images  # not before the save under way has done its own retention
     job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
-    state: dict[str, Tensor] = {**job.engine.state(), **job.state.tensors()}
+    state: dict[str, Tensor | Pieces] = {**job.engine.state(), **job.state.tensors()}
     for role in job.ema.averages:
         state.update({f"ema/{role}/{name}": tensor for name, tensor in job.ema.tensors(role).items()})
     facts = {**job.facts, "digest": f"{job.state.digest:016x}"}

@@ -92,7 +92,7 @@ class TrainState:
         except KeyError as error:
             raise CheckpointError(f"the checkpoint has no entry {error}; it was written by another version") from error
         prefix = "train/recent/"
-        state.recent = {key[len(prefix) :]: v.tolist() for key, v in tensors.items() if key.startswith(prefix)}
+        state.recent = {key[len(prefix) :]: tensors[key].tolist() for key in tensors if key.startswith(prefix)}
         prefix = "train/window/"
-        state.window = {key[len(prefix) :]: float(v) for key, v in tensors.items() if key.startswith(prefix)}
+        state.window = {key[len(prefix) :]: float(tensors[key]) for key in tensors if key.startswith(prefix)}
         return state

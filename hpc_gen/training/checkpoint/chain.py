@@ -7,12 +7,14 @@ parsed and falls back, loudly, to the newest whole checkpoint.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpc_gen.runtime import clock, commit
@@ -22,6 +24,7 @@ from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.training.checkpoint import manifest, read, storage
+from hpc_gen.training.checkpoint.pieces import Box, Pieces
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Retention:
 
 @dataclass
 class Loaded:
-    """A verified checkpoint in memory: CPU tensors by flat name."""
+    """A verified checkpoint: CPU tensors by flat name, each read from disk when it is asked for."""
 
     images_seen: int
     path: Path
     facts: Mapping[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class CheckpointChain:
@@ -57,7 +60,7 @@ class CheckpointChain:
         """`say` prints a line to the person watching (rank 0); faults are loud through it and the journal."""
         self._run, self._ranks, self._fence, self._journal = run, ranks, fence, journal
         self._retention, self._say = retention, say
-        self._host: dict[str, Tensor] = {}
+        self._host: dict[str, Tensor | Pieces] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._owners: dict[str, int] = {}
@@ -72,24 +75,17 @@ class CheckpointChain:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
-    def save(self, images_seen: int, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> float:
+    def save(self, images_seen: int, state: Mapping[str, Tensor | Pieces], facts: Mapping[str, Any]) -> float:
         """Begin to save; returns the seconds the caller was stalled. `state` has the same keys on every rank.
 
+        A plain tensor is the same on every rank, and one rank writes it; of Pieces every rank writes its own boxes.
         Waits for the save before it (raising what went wrong there), copies this rank's share and returns; the
         tensors may change afterwards.
         """
         begun = clock.monotonic()
         self.wait()
         share = self._share(state)
-        for name in list(self._host):
-            if name not in share:
-                del self._host[name]
-        for name, tensor in share.items():
-            host = self._host.get(name)
-            if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
-                self._host[name] = tensor.detach().to("cpu", copy=True)
-            else:
-                host.copy_(tensor.detach())
+        self._host = {name: _copied(value, self._host.get(name)) for name, value in share.items()}
         stall_s = clock.monotonic() - begun
         self.begun_images = images_seen
         self._journal.event("save_begin", images_seen=images_seen, stall_s=stall_s)
@@ -118,16 +114,29 @@ class CheckpointChain:
         """Whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _share(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of replicated tensors: largest first to the least loaded rank, the same on every rank."""
-        if self._owners.keys() != state.keys():
+    def _share(self, state: Mapping[str, Tensor | Pieces]) -> dict[str, Tensor | Pieces]:
+        """This rank's boxes, and its part of replicated tensors: largest first to the least loaded rank, the same on
+        every rank.
+        """
+        # a tensor without elements has no box anywhere, but a name and a shape that must not be lost
+        whole: dict[str, Tensor] = {
+            name: value if isinstance(value, Tensor) else torch.empty(value.shape, dtype=value.dtype)
+            for name, value in state.items()
+            if isinstance(value, Tensor) or math.prod(value.shape) == 0
+        }
+        if self._owners.keys() != whole.keys():
             loads = [0] * self._ranks.world_size
             self._owners = {}
-            for name in sorted(state, key=lambda key: (-state[key].nbytes, key)):
+            for name in sorted(whole, key=lambda key: (-whole[key].nbytes, key)):
                 owner = loads.index(min(loads))
-                loads[owner] += max(1, state[name].nbytes)
+                loads[owner] += max(1, whole[name].nbytes)
                 self._owners[name] = owner
-        return {name: state[name] for name in sorted(state) if self._owners[name] == self._ranks.rank}
+        share: dict[str, Tensor | Pieces] = {}
+        for name in sorted(state):
+            value = whole.get(name, state[name])
+            if isinstance(value, Pieces) or self._owners[name] == self._ranks.rank:
+                share[name] = value
+        return share
 
     def _write_guarded(self, images_seen: int, facts: dict[str, Any], stall_s: float) -> None:
         try:
@@ -142,7 +151,7 @@ class CheckpointChain:
             self._journal.event("save_failed", images_seen=images_seen, error=str(error))
             self._error = error
 
-    def write(self, images_seen: int, share: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int:
+    def write(self, images_seen: int, share: Mapping[str, Tensor | Pieces], facts: Mapping[str, Any]) -> int:
         """Write and commit synchronously (collective over the save group); returns the bytes of the checkpoint.
 
         Raises the same kind of error on every rank; what was staged is removed then, so a full disk is not kept full.
@@ -266,7 +275,7 @@ class CheckpointChain:
             return None
         path = Path(chosen)
         content = manifest.read(path)
-        return Loaded(content.images_seen, path, content.facts, storage.load(path))
+        return Loaded(content.images_seen, path, content.facts, storage.StoredTensors(path))
 
     def sweep(self) -> None:
         """Remove what killed saves left behind (rank 0, at the start of an attempt, fence held)."""
@@ -276,6 +285,21 @@ class CheckpointChain:
             for path in sorted(self._run.checkpoints.iterdir()):
                 if path.name.startswith((".tmp-", ".trash-")):
                     commit.remove_tree(path)
+
+
+def _copied(value: Tensor | Pieces, host: Tensor | Pieces | None) -> Tensor | Pieces:
+    """The values in host memory, in the buffers of the save before where they fit."""
+    if isinstance(value, Pieces):
+        before = {box.offsets: box.tensor for box in host.boxes} if isinstance(host, Pieces) else {}
+        boxes = tuple(Box(box.offsets, _copied_tensor(box.tensor, before.get(box.offsets))) for box in value.boxes)
+        return Pieces(value.shape, value.dtype, boxes)
+    return _copied_tensor(value, host if isinstance(host, Tensor) else None)
+
+
+def _copied_tensor(tensor: Tensor, host: Tensor | None) -> Tensor:
+    if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
+        return tensor.detach().to("cpu", copy=True)
+    return host.copy_(tensor.detach())
 
 
 def _numbered(run: RunFolder) -> list[Path]:

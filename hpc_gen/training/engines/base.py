@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from hpc_gen.methods.protocol import Turn
+from hpc_gen.training.checkpoint.pieces import Pieces
 
 MicroBatch = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # (shard columns, draws of the turn)
 
@@ -55,10 +56,16 @@ class Engine(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """`model/ROLE/...` and `optim/ROLE/...`: live tensors, the same keys on every rank."""
+    def state(self) -> Mapping[str, Tensor | Pieces]:
+        """`model/ROLE/...` and `optim/ROLE/...`: live tensors, the same keys on every rank, whatever the engine.
+
+        A plain tensor is the same on every rank; of a sharded one each rank gives the pieces that it holds.
+        """
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state as `state()` gave it. Raises CheckpointError where keys or shapes do not fit."""
+        """Take over whole tensors by the names that `state()` gave. Raises CheckpointError where they do not fit.
+
+        Each access of the mapping reads from disk: take a tensor once, and let go of it.
+        """
         ...

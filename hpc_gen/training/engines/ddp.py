@@ -12,6 +12,7 @@ from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.methods.protocol import Losses, Method, Turn
 from hpc_gen.runtime.errors import CheckpointError
 from hpc_gen.runtime.ranks import Ranks
+from hpc_gen.training.checkpoint.pieces import Below
 from hpc_gen.training.engines.base import MicroBatch, StepResult
 from hpc_gen.training.engines.buckets import GradientBuckets
 from hpc_gen.training.optimizers import RoleOptimizer
@@ -160,19 +161,20 @@ class DdpEngine:
         """Take over model and optimizer state. Raises CheckpointError on missing, extra or misshapen model keys."""
         for role, module in self._modules.items():
             own = module.state_dict(keep_vars=False)
-            given = _below(tensors, f"model/{role}/")
+            given = Below(tensors, f"model/{role}/")
             if own.keys() != given.keys():
                 odd = sorted(own.keys() ^ given.keys())
                 raise CheckpointError(f"role '{role}' and the checkpoint differ in {len(odd)} keys, first '{odd[0]}'")
             for name, tensor in own.items():
-                if tensor.shape != given[name].shape:
+                stored = given[name]  # read from disk here, so only once
+                if tensor.shape != stored.shape:
                     raise CheckpointError(
-                        f"model/{role}/{name} has shape {tuple(given[name].shape)} in the checkpoint, "
+                        f"model/{role}/{name} has shape {tuple(stored.shape)} in the checkpoint, "
                         f"{tuple(tensor.shape)} in the model; was the method section changed?"
                     )
-                tensor.copy_(given[name])
+                tensor.copy_(stored)
         for role, optimizer in self._optimizers.items():
-            optimizer.load(_below(tensors, f"optim/{role}/"))
+            optimizer.load(Below(tensors, f"optim/{role}/"))
 
     def _train_only(self, role: str) -> None:
         """requires_grad on the stepped role alone; every role in train mode (DESIGN section 4, objective)."""
@@ -255,7 +257,3 @@ class DdpEngine:
             assert same, f"turn '{turn.purpose}' reaches different parameters on different ranks"
         assert buckets.touched == self._used[key], f"turn '{turn.purpose}' no longer reaches the same parameters"
         return self._used[key]
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}

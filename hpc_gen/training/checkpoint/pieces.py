@@ -1,0 +1,172 @@
+"""One logical tensor that lies over ranks: the rectangular boxes of it that this rank holds.
+
+Engines describe their state with it, the chain writes and reads it; nobody else needs to know how an engine cuts its
+tensors. The boxes of all ranks are disjoint and cover the tensor exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_gen.runtime.errors import CheckpointError
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A rectangle of a logical tensor: where it begins, and the live values in it (they may be a view)."""
+
+    offsets: tuple[int, ...]
+    tensor: Tensor
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The place of the box as an index of the logical tensor."""
+        return tuple(slice(o, o + size) for o, size in zip(self.offsets, self.tensor.shape, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """What this rank holds of one logical tensor of `shape` and `dtype`; a rank may hold none of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+
+    def __post_init__(self) -> None:
+        for box in self.boxes:
+            assert box.tensor.dtype == self.dtype, (box.tensor.dtype, self.dtype)
+            assert len(box.offsets) == len(self.shape) == box.tensor.dim(), (box.offsets, self.shape)
+            ends = [offset + size for offset, size in zip(box.offsets, box.tensor.shape, strict=True)]
+            assert min(box.offsets, default=0) >= 0 and all(e <= n for e, n in zip(ends, self.shape, strict=True)), (
+                box.offsets,
+                tuple(box.tensor.shape),
+                self.shape,
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds."""
+        return sum(box.tensor.nbytes for box in self.boxes)
+
+
+def of_dtensor(tensor: Any) -> Pieces:
+    """This rank's part of a DTensor: one box, or none where it holds nothing or only a copy of another rank's part.
+
+    Shards may be uneven. Of replicas (a mesh axis with a Replicate placement, as HSDP has) the first alone gives boxes.
+    Raises CheckpointError for sums that are still pending, and for a dimension that two mesh axes cut unevenly.
+    """
+    from torch.distributed.tensor import Partial, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, mesh, placements = tuple(tensor.shape), tensor.device_mesh, tensor.placements
+    if any(isinstance(placement, Partial) for placement in placements):
+        raise CheckpointError(f"a tensor of shape {shape} holds sums that are not reduced yet; it cannot be saved")
+    _check_even(shape, mesh, placements)
+    coordinate = mesh.get_coordinate()
+    copies = coordinate is None or any(
+        isinstance(placement, Replicate) and place != 0 for placement, place in zip(placements, coordinate, strict=True)
+    )
+    if copies:
+        return Pieces(shape, tensor.dtype, ())
+    local = tensor.to_local().detach()
+    sizes, offsets = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    assert tuple(local.shape) == tuple(sizes), (local.shape, sizes)
+    boxes = (Box(tuple(int(offset) for offset in offsets), local),) if local.numel() else ()
+    return Pieces(shape, tensor.dtype, boxes)
+
+
+def _check_even(shape: tuple[int, ...], mesh: Any, placements: Any) -> None:
+    """Two mesh axes on one dimension (FSDP over tensor parallelism) give a rank one box only where they divide it."""
+    parts: dict[int, list[int]] = {}
+    for axis, placement in enumerate(placements):
+        dim = getattr(placement, "dim", None)  # both kinds of shard have one, a replica has none
+        if dim is not None:
+            parts.setdefault(dim, []).append(mesh.size(axis))
+    for dim, ways in parts.items():
+        if len(ways) > 1 and shape[dim] % math.prod(ways):
+            raise CheckpointError(
+                f"a tensor of shape {shape} is cut {' x '.join(map(str, ways))} ways along dimension {dim}, which does "
+                f"not divide {shape[dim]}; choose mesh axes that do"
+            )
+
+
+def of_flat_slice(shape: tuple[int, ...], start: int, flat: Tensor) -> Pieces:
+    """A contiguous stretch of the row-major flattened tensor, as flat partitions hold it, cut into few boxes.
+
+    `flat`: 1-d, the elements `start` to `start + len(flat)` of a tensor of `shape`; the boxes are views of it. At most
+    2 * len(shape) - 1 boxes are needed: a partial row before, whole rows, a partial row after, at each level.
+    """
+    assert flat.dim() == 1 and start >= 0 and start + flat.numel() <= math.prod(shape), (shape, start, flat.shape)
+    boxes: list[Box] = []
+    _cut(shape, start, flat, (), boxes)
+    return Pieces(shape, flat.dtype, tuple(boxes))
+
+
+def _cut(shape: tuple[int, ...], start: int, flat: Tensor, outer: tuple[int, ...], boxes: list[Box]) -> None:
+    """Boxes of a stretch within the sub-tensor at `outer`, whose own shape is `shape`."""
+    if flat.numel() == 0:
+        return
+    ones = (1,) * len(outer)
+    if not shape:
+        boxes.append(Box(outer, flat.view(ones)))
+        return
+    row = math.prod(shape[1:])
+    end = start + flat.numel()
+    first, last = -(-start // row), end // row  # whole rows are first <= row < last
+    if first > last:  # inside one row
+        _cut(shape[1:], start - last * row, flat, (*outer, last), boxes)
+        return
+    head, tail = first * row - start, end - last * row
+    if head:
+        _cut(shape[1:], row - head, flat[:head], (*outer, first - 1), boxes)
+    if last > first:
+        rows = flat[head : head + (last - first) * row]
+        offsets = (*outer, first, *(0 for _ in shape[1:]))
+        boxes.append(Box(offsets, rows.view(*ones, last - first, *shape[1:])))
+    if tail:
+        _cut(shape[1:], 0, flat[flat.numel() - tail :], (*outer, last), boxes)
+
+
+def whole(tensor: Tensor) -> Pieces:
+    """A full tensor as pieces: one box, as where one rank holds it alone."""
+    shape = tuple(tensor.shape)
+    return Pieces(shape, tensor.dtype, (Box((0,) * len(shape), tensor.detach()),) if tensor.numel() else ())
+
+
+@torch.no_grad()
+def copy_from(target: Pieces, full: Tensor) -> None:
+    """Fill this rank's boxes from the whole tensor, on any device and of any dtype.
+
+    Raises CheckpointError when the shapes differ.
+    """
+    if tuple(full.shape) != target.shape:
+        raise CheckpointError(f"a tensor of shape {tuple(full.shape)} does not fit one of shape {target.shape}")
+    for box in target.boxes:
+        box.tensor.copy_(full[box.slices])
+
+
+class Below(Mapping[str, Tensor]):
+    """The entries whose names start with a prefix, named without it; values are read only when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+        self._names = [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
+        self._known = set(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
