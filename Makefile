@@ -38,9 +38,11 @@ setup: $(VENV)/.stamp-demo  ## install into .venv
 demo: setup  ## the whole thing on real images, six to nine minutes on two cores
 	@$(BIN)/hpc-gen demo
 
-cluster-setup:  ## a real Slurm for the cluster tests (Debian, as root)
+cluster-setup:  ## a real Slurm and a real Apptainer for the cluster tests (Debian, as root)
 	@bash slurm/lab/install_slurm.sh || \
 	  printf '\n*** SLURM COULD NOT BE INSTALLED (see above): the tests below tests/slurm will be SKIPPED.\n\n' >&2
+	@bash slurm/lab/install_apptainer.sh || \
+	  printf '\n*** APPTAINER COULD NOT BE INSTALLED (see above): the container tests will be SKIPPED.\n\n' >&2
 
 test: $(VENV)/.stamp-dev cluster-setup  ## every test; PYTEST_ARGS="-k config" for some
 	@mkdir -p build; rm -f build/junit.xml .test-counts.json

@@ -1,10 +1,11 @@
 #!/bin/bash
-# Installs what the lab needs from the machine's own Debian archive: slurm-wlm, munge, slurmdbd, mariadb-server.
+# Installs what the lab needs from the machine's own Debian archive: slurm-wlm, munge, slurmdbd, mariadb-server;
+# also shellcheck, by which the tests read our batch scripts.
 # Usage: install_slurm.sh      as root; does nothing when all are there; `make test` calls it behind a stamp.
 # Elsewhere (not root, not Debian) it says loudly that the Slurm tests will be skipped, and ends with 0.
 # No service is started, now or at the next boot; a policy-rc.d of the machine is put back as it was.
 set -euo pipefail
-packages=(slurm-wlm munge slurmdbd mariadb-server)
+packages=(slurm-wlm munge slurmdbd mariadb-server shellcheck)
 services=(munge slurmctld slurmd slurmdbd mariadb)
 policy=/usr/sbin/policy-rc.d
 

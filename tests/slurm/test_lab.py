@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +180,36 @@ def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no-such-program" in str(slurm_lab.why_not()) and "install_slurm.sh" in str(slurm_lab.why_not())
 
 
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """`hpc-gen lab ...` as typed."""
+    root = Path(__file__).resolve().parents[2]
+    argv = [sys.executable, "-P", "-m", "hpc_gen.cli", "lab", *words]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_commands(lab: Lab) -> None:
+    place = lab.directory.parent / "typed"
+    where = ["--directory", str(place)]
+    planned = command("start", *where, "--nodes", "1", "--dry-run")
+    assert planned.returncode == 0 and planned.stdout.splitlines()[-1] == "it can start here"
+    assert not place.exists()
+    absent = command("status", *where)
+    assert (absent.returncode, absent.stdout) == (2, f"no lab in {place}; start one with: hpc-gen lab start\n")
+    nothing = command("stop", *where)
+    assert nothing.returncode == 2 and "there is no lab in" in nothing.stderr
+    try:
+        started = command("start", *where, "--nodes", "1", "--gpus", "0", "--no-accounting")
+        assert started.returncode == 0 and f"lab in {place}: running" in started.stdout, started.stderr
+        found = json.loads(command("status", *where, "--json").stdout)
+        assert found["running"] and list(found["nodes"].values()) == ["idle"] and all(found["daemons"].values())
+        assert "would stop it, 0 jobs end, its folder is removed" in command("stop", *where, "--purge", "--dry-run").stdout
+        assert command("status", *where).returncode == 0
+    finally:
+        stopped = command("stop", *where, "--purge")
+    assert stopped.returncode == 0 and not place.exists() and processes_of(place) == []
+
+
 class TestInstall:
     """install_slurm.sh where it must not install: it says so loudly and ends with 0."""
 
@@ -210,3 +242,14 @@ class TestInstall:
             check=True,
         )
         assert "only root can install them" in done.stderr and "SKIPPED" in done.stderr
+
+    def test_apptainer(self, tmp_path: Path) -> None:
+        script = str(slurm_lab.SCRIPTS / "install_apptainer.sh")
+        if shutil.which("apptainer"):
+            done = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
+            assert "Apptainer for the lab is installed already (apptainer version" in done.stdout
+        (tmp_path / "os-release").write_text("ID=plan9\n")
+        inside = f"mount --bind {tmp_path}/os-release /etc/os-release && exec bash {script}"
+        argv = ["unshare", "--mount", "--propagation", "private", "bash", "-c", inside]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert "APPTAINER IS NOT INSTALLED: this is plan9" in done.stderr and "SKIPPED" in done.stderr
