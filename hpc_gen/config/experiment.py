@@ -22,7 +22,7 @@ from hpc_gen.config.base import (
 )
 from hpc_gen.config.daily import InitFromConfig, NotifyConfig
 from hpc_gen.config.errors import KeyProblem
-from hpc_gen.config.kl_vae import KlVaeConfig
+from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.config.train import (
     EmaConfig,
     EngineConfig,
@@ -62,44 +62,9 @@ __all__ = [
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Byte = Annotated[int, Field(ge=0, le=255)]
-PerChannel = float | Annotated[list[float], Field(min_length=1)]
 
 BUILT_IN_STAGES = ("encode", "train", "sample", "evaluate", "report")
 """Stages every experiment may have, in their order."""
-
-
-class TokenizerConfig(Section):
-    """The map between pixels and what is stored."""
-
-    name: Literal["identity", "kl_vae"] = "identity"
-    """identity stores the pixels themselves; kl_vae the moments of a KL autoencoder's latents."""
-    weights: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """kl_vae: file of the weights, relative to the workspace; tables and samples know its tensors by their hash."""
-    sha256: Sha256 | None = None
-    """kl_vae: SHA-256 that this file must have; null = any."""
-    preset: Literal["sd_f8", "kl16", "va_vae"] | None = None
-    """kl_vae: a published architecture with its scale; null = `architecture`, or what the file says of itself."""
-    architecture: KlVaeConfig | None = None
-    """kl_vae: keys of the network, as method 'autoencoder' has them; null = the preset's, or the file's."""
-    scale: PerChannel | None = None
-    """kl_vae: diffusion sees (latent - shift) * scale, one number or one per channel; null = the preset's or file's."""
-    shift: PerChannel | None = None
-    """kl_vae: see scale."""
-
-    def settings(self) -> dict[str, Any]:
-        """What `tokenizers.build` takes besides the name: the keys that this tokenizer has."""
-        return {} if self.name == "identity" else self.model_dump(exclude={"name"})
-
-    @model_validator(mode="after")
-    def _keys_of_the_named(self) -> TokenizerConfig:
-        if self.name == "kl_vae" and self.weights is None:
-            raise ValueError("name 'kl_vae' needs 'weights', the file of its network")
-        given = sorted(key for key, value in self if key != "name" and value is not None)
-        if self.name == "identity" and given:
-            raise ValueError(f"name 'identity' has no {', '.join(given)}; remove it, or name 'kl_vae'")
-        if self.preset is not None and self.architecture is not None:
-            raise ValueError("it has both 'preset' and 'architecture'; give one")
-        return self
 
 
 class DataConfig(Section):

@@ -20,7 +20,11 @@ class Tokenizer(Protocol):
     """What encoding and sampling need of a tokenizer."""
 
     name: str
-    columns: tuple[str, ...]  # shard columns that `encode` fills
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Shard columns that `encode` fills."""
+        ...
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -73,7 +77,40 @@ def _kl_vae(
     )
 
 
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"identity": _identity, "kl_vae": _kl_vae}
+def _dinov2(
+    workspace: Path,
+    device: torch.device,
+    weights: str,
+    sha256: str | None = None,
+    preset: str | None = None,
+    dinov2: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    from hpc_gen.tokenizers.dinov2 import Dinov2Tokenizer
+
+    return Dinov2Tokenizer(
+        workspace=workspace, device=device, weights=weights, sha256=sha256, preset=preset, dinov2=dinov2
+    )
+
+
+def _vqgan(
+    workspace: Path,
+    device: torch.device,
+    weights: str,
+    sha256: str | None = None,
+    preset: str | None = None,
+    vqgan: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    from hpc_gen.tokenizers.vqgan import Vqgan
+
+    return Vqgan(workspace=workspace, device=device, weights=weights, sha256=sha256, preset=preset, vqgan=vqgan)
+
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+    "identity": _identity,
+    "kl_vae": _kl_vae,
+    "dinov2": _dinov2,
+    "vqgan": _vqgan,
+}
 """Factories by name, called with (workspace, device, **settings): what they import is needed by nobody else."""
 
 

@@ -6,7 +6,7 @@ moments of each image and of its mirror image, each encoded (a mirrored latent i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from hpc_gen.data.ptshard import content_sha256
 from hpc_gen.nn.posterior import LatentScale
 from hpc_gen.runtime import tensor_files
 from hpc_gen.runtime.errors import DataError, UserError, nearest
+from hpc_gen.tokenizers.batches import BATCH, full_batches
 from hpc_gen.tokenizers.kl_vae_model import KlAutoencoder, to_pixels
 from hpc_gen.tokenizers.kl_vae_weights import FileFacts, PerChannel, facts_of, import_flat, typed_architecture
-
-BATCH = 8
-"""Images of one forward pass. A constant: another one would change the last bits of tables and samples."""
+from hpc_gen.tokenizers.official import KL_VAE, read_official
 
 CPU = torch.device("cpu")
 
@@ -80,7 +79,7 @@ class KlVae:
         settings that contradict each other or the file, DataError for a file that is not what it should be.
         """
         path = workspace / weights
-        flat = tensor_files.read_tensors(path, sha256=sha256)
+        flat = read_official(path, KL_VAE, sha256)
         facts = facts_of(tensor_files.metadata_of(path), str(path))
         chosen = _preset(preset)
         self.architecture = _architecture(path, architecture, chosen, facts)
@@ -149,7 +148,7 @@ class KlVae:
         return self.model.quant_conv.weight.device
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        parts = [self.model.encode(normalize(part).to(self._device)).cpu() for part in _full_batches(pixels)]
+        parts = [self.model.encode(normalize(part).to(self._device)).cpu() for part in full_batches(pixels)]
         return torch.cat(parts)[: len(pixels)]
 
     def _check_pixels(self, pixels: Tensor) -> None:
@@ -165,12 +164,6 @@ class KlVae:
                 f"images of {height} x {width} pixels do not divide into latent cells of {stride} x {stride}; "
                 f"set encode.image_size to a multiple of {stride}"
             )
-
-
-def _full_batches(pixels: Tensor) -> Iterator[Tensor]:
-    for part in pixels.split(BATCH):
-        filling = part.new_zeros((BATCH - len(part), *part.shape[1:]))
-        yield torch.cat([part, filling])
 
 
 def _halved(name: str, moments: Tensor) -> Tensor:

@@ -121,8 +121,8 @@ def test_expected_failures_name_their_reason() -> None:
         return case_reason(Case("energy", name, anywhere, {**GOOD, **change}))
 
     assert reason("pd_loss_std") is None
-    assert reason("pd_loss_std", owner="no_such_method")
-    assert reason("vae", owner="no_such_method", kind="vae")
+    assert reason("pd_loss_std", owner="no_such_method", kind="never_heard_of")
+    assert reason("vae", owner="no_such_method", kind="never_heard_of")
     assert reason("a_new_case", kind="a_new_kind") is None
     assert official_reason(OfficialModel("energy", "pure_diffusion_base_std_64", anywhere)) is None
     assert official_reason(OfficialModel("energy", "mar_base", anywhere))
@@ -130,13 +130,12 @@ def test_expected_failures_name_their_reason() -> None:
     assert all(why for _, _, why in CASES + OFFICIAL)
 
 
-def test_what_belongs_to_no_method_is_checked_before_its_owner_is_there() -> None:
+def test_what_has_a_handler_is_checked_before_its_owner_is_there() -> None:
     load_handlers()
     anywhere = Path("x.json")
-    shared = {**GOOD, "kind": "vae", "owner": "no_such_method", "shared": True}
-    assert case_reason(Case("dim", "vae_small", anywhere, shared)) is None
-    assert case_reason(Case("dim", "vae_small", anywhere, {**shared, "kind": "never_heard_of"}))
-    assert case_reason(Case("dim", "vae_small", anywhere, {**shared, "shared": False}))
+    tokenizer = {**GOOD, "kind": "vae", "owner": "no_such_method"}
+    assert case_reason(Case("dim", "vae_small", anywhere, tokenizer)) is None
+    assert case_reason(Case("dim", "vae_small", anywhere, {**tokenizer, "kind": "never_heard_of"}))
     assert official_reason(OfficialModel("dim", "sd_vae_kl_f8", anywhere)) is None
 
 
