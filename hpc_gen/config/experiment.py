@@ -21,11 +21,11 @@ from hpc_gen.config.base import (
     Sha256,
 )
 from hpc_gen.config.daily import InitFromConfig, NotifyConfig
+from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.config.train import (
     EmaConfig,
-    EngineConfig,
     NonFiniteConfig,
     OnlineEvaluationConfig,
     OptimizerConfig,

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from hpc_gen.config.base import OPERATION, WHEN_SET, KeyName, PositiveInt, Section
 from hpc_gen.config.daily import InitFromConfig
+from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
 
 # `validate` is the right word for the key; pydantic's deprecated class method of that name is never called here.
@@ -18,15 +19,6 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 WITH_AVERAGE = ("validate", "preview", "evaluate")
 """Sections of training that look at an average of the weights."""
-
-
-class EngineConfig(Section):
-    """How parameters, gradients and optimizer state lie over ranks."""
-
-    name: Literal["ddp"] = "ddp"
-    """Engine: ddp keeps a full copy on every rank and reduces gradients in flat buckets of fixed order."""
-    bucket_mb: Annotated[float, Field(gt=0.0)] = 25.0
-    """Size of one gradient bucket, in MiB."""
 
 
 class OptimizerConfig(Section):
@@ -246,18 +238,31 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches(self) -> TrainConfig:
-        if self.global_batch % self.ranks:
+        if self.ranks % self.engine.tensor_parallel:
+            raise KeyProblem(
+                "train.engine.tensor_parallel",
+                f"'train.engine.tensor_parallel' = {self.engine.tensor_parallel} does not divide 'train.ranks' = "
+                f"{self.ranks}; choose a divisor",
+            )
+        if self.ranks % (self.engine.shards or 1):
+            raise KeyProblem(
+                "train.engine.shards",
+                f"'train.engine.shards' = {self.engine.shards} does not divide 'train.ranks' = {self.ranks}; choose a "
+                "divisor",
+            )
+        ranks = self.engine.data_ranks(self.ranks)
+        if self.global_batch % ranks:
             raise KeyProblem(
                 "train.ranks",
-                f"'train.ranks' = {self.ranks} does not divide 'train.global_batch' = {self.global_batch}; "
+                f"'train.ranks' = {ranks} does not divide 'train.global_batch' = {self.global_batch}; "
                 "choose ranks that do",
             )
-        share = self.global_batch // self.ranks
-        micro = self.micro_batch_for(self.ranks)
+        share = self.global_batch // ranks
+        micro = self.micro_batch_for(ranks)
         if share % micro:
             raise KeyProblem(
                 "train.micro_batch",
-                f"'train.micro_batch' * 'train.ranks' = {micro} * {self.ranks} does not divide 'train.global_batch' = "
+                f"'train.micro_batch' * 'train.ranks' = {micro} * {ranks} does not divide 'train.global_batch' = "
                 f"{self.global_batch}; choose a micro-batch that divides each rank's share of {share}",
             )
         if micro % self.coupling_group:

@@ -13,6 +13,7 @@ from hpc_gen.runtime.rank_detection import Launcher, RankInfo, detect, expand_no
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Launcher", "PendingReduction", "RankInfo", "Ranks", "detect", "expand_nodelist", "rendezvous"]
 
@@ -94,12 +95,27 @@ class Ranks:
                 ) from error
         return ranks
 
-    def all_reduce_sum_(self, tensor: torch.Tensor) -> None:
-        """Sum a tensor over all ranks in place, on its own device (default group)."""
+    def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """All ranks as a grid, the last axis of neighbours, with a process group for each line of each axis.
+
+        Collective. Where this is the only rank, which needs no groups otherwise, one is made for it. The product of
+        `shape` is the world size.
+        """
+        import torch.distributed as dist
+        from torch.distributed import HashStore  # type: ignore[attr-defined]
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if not dist.is_initialized():
+            assert self.world_size == 1, "use Ranks.start"
+            dist.init_process_group(self.backend, store=HashStore(), rank=0, world_size=1)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    def all_reduce_sum_(self, tensor: torch.Tensor, group: ProcessGroup | None = None) -> None:
+        """Sum a tensor over all ranks (or those of `group`) in place, on its own device (default group)."""
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
     def all_reduce_max_cpu(self, tensor: torch.Tensor) -> torch.Tensor:
         """Maximum of a CPU tensor over all ranks, in place (control group); returns the tensor."""
@@ -143,13 +159,13 @@ class Ranks:
 
             dist.barrier(group=self.control_group)
 
-    def all_reduce_sum_async(self, tensor: torch.Tensor) -> PendingReduction:
-        """Begin to sum a tensor over all ranks in place (default group); leave it alone until `wait`."""
+    def all_reduce_sum_async(self, tensor: torch.Tensor, group: ProcessGroup | None = None) -> PendingReduction:
+        """Begin to sum a tensor over all ranks (or those of `group`) in place; leave it alone until `wait`."""
         if self.world_size == 1:
             return PendingReduction(None)
         import torch.distributed as dist
 
-        return PendingReduction(dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True))
+        return PendingReduction(dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group, async_op=True))
 
     def all_reduce_sum_cpu(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a small CPU tensor over all ranks, in place (control group); returns the tensor."""
@@ -186,11 +202,10 @@ class Ranks:
     def stop(self) -> None:
         """Leave the process groups; may be called twice."""
         self.save_group = self.control_group = None
-        if self.world_size > 1:
-            import torch.distributed as dist
+        import torch.distributed as dist
 
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _gloo_group(timeout: datetime.timedelta) -> ProcessGroup:

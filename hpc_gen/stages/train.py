@@ -40,7 +40,7 @@ from hpc_gen.stages.surroundings import Surroundings
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet
-from hpc_gen.training.engines.ddp import DdpEngine
+from hpc_gen.training.engines.build import build_engine, refuse
 from hpc_gen.training.precision import set_determinism
 
 
@@ -166,6 +166,7 @@ def _prepare(
     table = open_table(workspace, experiment.data.table, experiment)
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
+    refuse(method, config, ranks.world_size)
     modules = materialise(method, experiment.seed)
     progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
     say = progress.say if ranks.is_main else (lambda line: None)
@@ -176,14 +177,15 @@ def _prepare(
     if _is_first(run, chain, experiment, forecast.checkpoint_bytes(method, modules, len(config.ema)), ranks, say):
         # before the engine and the averages take the weights as they are
         taken = take_initial_weights(experiment, workspace, method, modules, say)
-    engine = DdpEngine(method, modules, config, ranks, ranks.device)
-    ema = EmaSet({role: modules[role] for role in engine.trained_roles()}, {n: e.decay for n, e in config.ema.items()})
+    engine = build_engine(method, modules, config, ranks, ranks.device)
+    trained = {role: modules[role] for role in engine.trained_roles()}
+    ema = EmaSet(trained, {name: each.decay for name, each in config.ema.items()}, engine)
     plan = FeedPlan(
         seed=experiment.seed,
         global_batch=config.global_batch,
-        micro_batch=config.micro_batch_for(ranks.world_size),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        micro_batch=config.micro_batch_for(engine.data_ranks),
+        rank=engine.data_rank,
+        world_size=engine.data_ranks,
         columns=tuple(method.columns()),
         coupling_group=config.coupling_group,
         prefetch=experiment.data.prefetch,

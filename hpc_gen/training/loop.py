@@ -94,14 +94,10 @@ def restore(job: TrainJob, loaded: Loaded | None) -> None:
     if loaded is None:
         return
     job.engine.load(loaded.tensors)
-    with torch.no_grad():
-        for role in job.ema.averages:
-            for name, tensor in job.ema.tensors(role).items():
-                key = f"ema/{role}/{name}"
-                stored = loaded.tensors.get(key)  # each access reads from disk
-                if stored is None or stored.shape != tensor.shape:
-                    raise CheckpointError(f"{loaded.path} has no '{key}' of the right shape; was train.ema changed?")
-                tensor.copy_(stored)
+    try:
+        job.ema.load(loaded.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{loaded.path} has {error}") from error
     job.state = TrainState.from_tensors(loaded.tensors)
     assert job.state.images_seen == loaded.images_seen, "a checkpoint's name and its clock differ"
     job.chain.begun_images = job.chain.committed_images = loaded.images_seen
@@ -129,7 +125,8 @@ def train(job: TrainJob) -> Stop | None:
 
             results = _step_all_turns(job, iteration.micro_batches)
             job.state.images_seen += config.global_batch
-            job.state.add_digest(iteration.digest)
+            if job.engine.leads_data:
+                job.state.add_digest(iteration.digest)
             timing.images += config.global_batch
 
             verdict = guard.judge(job.state, all(result.finite for result in results.values()))

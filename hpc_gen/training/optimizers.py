@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from hpc_gen.config.experiment import OptimizerConfig
 from hpc_gen.methods.protocol import ParameterGroup
 from hpc_gen.runtime.errors import CheckpointError
+from hpc_gen.training.checkpoint.pieces import Pieces
+from hpc_gen.training.engines.layout import Layout
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "step")
 
@@ -32,9 +34,20 @@ class _Group:
 class RoleOptimizer:
     """AdamW of one role. `names` lists its parameters in the order of the module."""
 
-    def __init__(self, module: nn.Module, groups: list[ParameterGroup], config: OptimizerConfig) -> None:
-        """Raises AssertionError when the groups do not cover each trainable parameter exactly once (our bug)."""
-        parameters = dict(module.named_parameters())
+    def __init__(
+        self,
+        parameters: nn.Module | Mapping[str, nn.Parameter],
+        groups: list[ParameterGroup],
+        config: OptimizerConfig,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> None:
+        """Of a module, or of this rank's parts by parameter name, which lie as `layouts` say.
+
+        Raises AssertionError when the groups do not cover each trainable parameter exactly once (our bug).
+        """
+        if isinstance(parameters, nn.Module):
+            parameters = dict(parameters.named_parameters())
+        self._layouts = layouts
         listed = [name for group in groups for name in group.names]
         trainable = [name for name, p in parameters.items() if p.requires_grad]
         assert sorted(listed) == sorted(trainable), sorted(set(listed) ^ set(trainable))
@@ -58,9 +71,12 @@ class RoleOptimizer:
             stepped = [p for p in group.parameters if p.grad is not None]
             if not stepped:
                 continue
+            torch._foreach_add_([self._state_of(p)["step"] for p in stepped], 1)
+            stepped = [p for p in stepped if p.numel()]  # a part may be empty; its steps count all the same
+            if not stepped:
+                continue
             states = [self._state_of(p) for p in stepped]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 stepped,
                 [p.grad for p in stepped],
@@ -86,30 +102,36 @@ class RoleOptimizer:
             state = self._state[parameter] = {"step": zeros, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
         return state
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor | Pieces]:
         """`PARAMETER/exp_avg`, `/exp_avg_sq`, `/step` of every parameter that has been stepped."""
-        out: dict[str, Tensor] = {}
+        out: dict[str, Tensor | Pieces] = {}
         for name, parameter in self.parameters.items():
             for key, value in self._state.get(parameter, {}).items():
-                out[f"{name}/{key}"] = value
+                whole = key == "step" or self._layouts is None
+                out[f"{name}/{key}"] = value if whole else self._layouts[name].state(value)
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state as `state()` gave it; parameters that are absent start afresh.
+        """Take over whole tensors of the names that `state()` gives; parameters that are absent start afresh.
 
         Raises CheckpointError for a name this role lacks, a shape that does not fit, or half a parameter's state.
         """
         self._state.clear()
-        for key, value in state.items():
+        for key in state:
             name, _, kind = key.rpartition("/")
             parameter = self.parameters.get(name)
             if parameter is None or kind not in STATE_NAMES:
                 raise CheckpointError(f"optimizer state '{key}' belongs to no parameter; was the model changed?")
-            if kind != "step" and value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
-                )
-            self._state.setdefault(parameter, {})[kind] = value.to(parameter.device, copy=True)
+            value = state[key]
+            layout = self._layouts[name] if self._layouts is not None else None
+            shape = tuple(parameter.shape) if layout is None else layout.shape
+            if kind != "step" and tuple(value.shape) != shape:
+                raise CheckpointError(f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {shape}")
+            own = self._state.setdefault(parameter, {})
+            if kind == "step" or layout is None:
+                own[kind] = value.to(parameter.device, copy=True)
+            else:
+                own[kind] = layout.cut(value, like=parameter.detach())
         for name, parameter in self.parameters.items():
             lacking = [kind for kind in STATE_NAMES if kind not in self._state.get(parameter, STATE_NAMES)]
             if lacking:

@@ -25,7 +25,7 @@ class RecordingRanks(Ranks):
         self.launched: list[Tensor] = []
         self.waited: list[Tensor] = []
 
-    def all_reduce_sum_async(self, tensor: Tensor) -> PendingReduction:
+    def all_reduce_sum_async(self, tensor: Tensor, group: Any = None) -> PendingReduction:
         self.launched.append(tensor)
         ranks = self
 

@@ -9,6 +9,7 @@ pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,15 @@ from hpc_gen.runtime.ranks import PendingReduction, Ranks
 class GradientBuckets:
     """Gradients of one role. Bucket 0 holds the last parameters, which the backward pass finishes first."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks, bucket_bytes: int) -> None:
-        """All parameters are fp32 and on one device. `bucket_bytes` > 0: a bucket is closed once it is that large."""
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], ranks: Ranks, bucket_bytes: int, group: Any | None = None
+    ) -> None:
+        """All parameters are fp32 and on one device. `bucket_bytes` > 0: a bucket is closed once it is that large.
+
+        `group`: the ranks that sum with one another; None = all.
+        """
         self._ranks = ranks
+        self._group = group
         self._parameters = list(parameters)
         self._bucket_of: dict[nn.Parameter, int] = {}
         self._views: dict[nn.Parameter, Tensor] = {}
@@ -82,7 +89,7 @@ class GradientBuckets:
             self._launch()
 
     def _launch(self) -> None:
-        self._pending.append(self._ranks.all_reduce_sum_async(self.flats[self._next]))
+        self._pending.append(self._ranks.all_reduce_sum_async(self.flats[self._next], self._group))
         self._next += 1
 
     def finish(self) -> None:
