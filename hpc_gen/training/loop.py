@@ -111,7 +111,7 @@ def train(job: TrainJob) -> Stop | None:
     config, guard = job.config, NonFiniteGuard(job.config.non_finite)
     feed = job.open_feed(job.state.images_seen, job.state.draw_counter)
     job.progress.go_on_from(job.state.images_seen)
-    timing = Timing()
+    timing, reserved = Timing(), False
     stop: Stop | None = _catch_up(job, timing)
     try:
         while stop is None and job.state.images_seen < config.end_images:
@@ -128,6 +128,9 @@ def train(job: TrainJob) -> Stop | None:
             if job.engine.leads_data:
                 job.state.add_digest(iteration.digest)
             timing.images += config.global_batch
+            if not reserved:  # optimizers have their state only now
+                job.chain.reserve(_everything(job))
+                reserved = True
 
             verdict = guard.judge(job.state, all(result.finite for result in results.values()))
             if verdict is Verdict.ROLL_BACK:
@@ -320,12 +323,17 @@ def _save(job: TrainJob) -> float:
     if job.state.best_images >= 0:
         job.chain.best_images = job.state.best_images  # not before the save under way has done its own retention
     job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
+    facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
+    job.chain.save(job.state.images_seen, _everything(job), facts)
+    return clock.monotonic() - begun
+
+
+def _everything(job: TrainJob) -> dict[str, Tensor | Pieces]:
+    """What a checkpoint holds, by flat name; the live tensors."""
     state: dict[str, Tensor | Pieces] = {**job.engine.state(), **job.state.tensors()}
     for role in job.ema.averages:
         state.update({f"ema/{role}/{name}": tensor for name, tensor in job.ema.tensors(role).items()})
-    facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
-    job.chain.save(job.state.images_seen, state, facts)
-    return clock.monotonic() - begun
+    return state
 
 
 def _roll_back(job: TrainJob) -> None:

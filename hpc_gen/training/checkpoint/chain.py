@@ -24,7 +24,8 @@ from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.training.checkpoint import manifest, read, storage
-from hpc_gen.training.checkpoint.pieces import Box, Pieces
+from hpc_gen.training.checkpoint.host import HostBuffers
+from hpc_gen.training.checkpoint.pieces import Pieces
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class CheckpointChain:
         """`say` prints a line to the person watching (rank 0); faults are loud through it and the journal."""
         self._run, self._ranks, self._fence, self._journal = run, ranks, fence, journal
         self._retention, self._say = retention, say
+        self._buffers = HostBuffers()
         self._host: dict[str, Tensor | Pieces] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -75,6 +77,12 @@ class CheckpointChain:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
+    def reserve(self, state: Mapping[str, Tensor | Pieces]) -> None:
+        """Begin to make the host buffers for such a state in the background, so that the first save is no slower than
+        the others. What is not foreseen is made by the save that needs it.
+        """
+        self._buffers.reserve(self._share(state))
+
     def save(self, images_seen: int, state: Mapping[str, Tensor | Pieces], facts: Mapping[str, Any]) -> float:
         """Begin to save; returns the seconds the caller was stalled. `state` has the same keys on every rank.
 
@@ -84,8 +92,7 @@ class CheckpointChain:
         """
         begun = clock.monotonic()
         self.wait()
-        share = self._share(state)
-        self._host = {name: _copied(value, self._host.get(name)) for name, value in share.items()}
+        self._host = self._buffers.copy(self._share(state))
         stall_s = clock.monotonic() - begun
         self.begun_images = images_seen
         self._journal.event("save_begin", images_seen=images_seen, stall_s=stall_s)
@@ -285,21 +292,6 @@ class CheckpointChain:
             for path in sorted(self._run.checkpoints.iterdir()):
                 if path.name.startswith((".tmp-", ".trash-")):
                     commit.remove_tree(path)
-
-
-def _copied(value: Tensor | Pieces, host: Tensor | Pieces | None) -> Tensor | Pieces:
-    """The values in host memory, in the buffers of the save before where they fit."""
-    if isinstance(value, Pieces):
-        before = {box.offsets: box.tensor for box in host.boxes} if isinstance(host, Pieces) else {}
-        boxes = tuple(Box(box.offsets, _copied_tensor(box.tensor, before.get(box.offsets))) for box in value.boxes)
-        return Pieces(value.shape, value.dtype, boxes)
-    return _copied_tensor(value, host if isinstance(host, Tensor) else None)
-
-
-def _copied_tensor(tensor: Tensor, host: Tensor | None) -> Tensor:
-    if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
-        return tensor.detach().to("cpu", copy=True)
-    return host.copy_(tensor.detach())
 
 
 def _numbered(run: RunFolder) -> list[Path]:

@@ -133,6 +133,9 @@ class _Planner(dcp.DefaultSavePlanner):
         items: list[WriteItem] = []
         for name, value in self.state_dict.items():
             items += self._items_of(name, value) if isinstance(value, Pieces) else _create_write_items(name, value)
+        for item in items:
+            if item.tensor_data is not None:  # which memory the host copy was in is no fact of the state
+                item.tensor_data.properties.pin_memory = False
         self.plan = SavePlan(items)
         return self.plan
 
