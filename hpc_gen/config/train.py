@@ -11,6 +11,7 @@ from hpc_gen.config.base import OPERATION, WHEN_SET, KeyName, PositiveInt, Secti
 from hpc_gen.config.daily import InitFromConfig
 from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
+from hpc_gen.config.width import check_widths
 
 # `validate` is the right word for the key; pydantic's deprecated class method of that name is never called here.
 warnings.filterwarnings("ignore", message='Field name "validate" in "TrainConfig"')
@@ -152,6 +153,8 @@ class TrainConfig(Section):
     """Consecutive samples whose loss terms depend on one another; ranks and micro-batches hold whole groups."""
     ranks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
     """Processes of the local runner; torchrun and srun decide for themselves."""
+    width: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(default=None, json_schema_extra=OPERATION)
+    """Numbers of ranks that an attempt may have: each starts with what is there; null = `ranks`, or the launcher's."""
     threads: PositiveInt = 1
     """CPU threads per rank; changes the last bits of sums, so it belongs to the identity."""
     deterministic: bool = True
@@ -272,6 +275,7 @@ class TrainConfig(Section):
                 f"'train.coupling_group' = {self.coupling_group} does not divide {which} = {micro}; "
                 "choose whole groups",
             )
+        check_widths(self.width, self.global_batch, self.micro_batch, self.ranks)
         return self
 
     @model_validator(mode="after")

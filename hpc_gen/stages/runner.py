@@ -20,7 +20,7 @@ from hpc_gen.runtime.progress import Progress
 from hpc_gen.runtime.rank_detection import detect
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
-from hpc_gen.stages import ending, forecast
+from hpc_gen.stages import ending, forecast, width
 from hpc_gen.stages.run_setup import load_run, prepare_run
 from hpc_gen.stages.units import Ledger, StageContext, Unit, UnitWorker
 
@@ -63,7 +63,7 @@ def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -
 
 def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
     """Start the processes of one stage and wait for them; returns the stage's exit code."""
-    width = _width(resolved, name)
+    wide = _width(resolved, name)
     argv = [sys.executable, "-P", "-m", "hpc_gen.cli", "stage", str(run.path), name]
     path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
     extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace), ending.RUNNER: "1"}
@@ -71,15 +71,15 @@ def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
         # ranks end together (a barrier), so one that has failed leaves the others nothing to do but to fail, too
         return launch.run_ranks(
             argv,
-            width.processes,
+            wide.processes,
             env=extra,
             log_dir=run.logs,
-            threads=width.threads,
+            threads=wide.threads,
             log_name=name,
             grace_s=GRACE_S,
         )
     extra["HPC_GEN_ATTEMPT"] = str(claim_attempt(run, name))
-    return launch.run_tasks(argv, width.processes, env=extra, log_dir=run.logs, threads=width.threads, log_name=name)
+    return launch.run_tasks(argv, wide.processes, env=extra, log_dir=run.logs, threads=wide.threads, log_name=name)
 
 
 def plan(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = None) -> list[str]:
@@ -87,9 +87,11 @@ def plan(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = None
     lines = [f"run folder  {run.path}{'' if run.exists() else ' (new)'}", f"identity    {resolved.identity}"]
     for name in stages or resolved.experiment.stage_order():
         _check_stage(resolved, name)
-        width = _width(resolved, name)
+        wide = _width(resolved, name)
         kind = "ranks" if name == "train" else "tasks"
-        lines.append(f"stage       {name}: {width.processes} {kind}, {width.threads} threads each")
+        train = resolved.experiment.train
+        allowed = f", of {train.width} allowed" if name == "train" and train is not None and train.width else ""
+        lines.append(f"stage       {name}: {wide.processes} {kind}, {wide.threads} threads each{allowed}")
     return lines
 
 
@@ -141,7 +143,7 @@ def _width(resolved: Resolved, name: str) -> _Width:
     experiment = resolved.experiment
     if name == "train":
         assert experiment.train is not None
-        return _Width(experiment.train.ranks, experiment.train.threads)
+        return _Width(width.choose_here(experiment.train), experiment.train.threads)
     section = experiment.extra_stages.get(name) or getattr(experiment, name)
     return _Width(getattr(section, "tasks", 1), getattr(section, "threads", 1))
 

@@ -26,11 +26,12 @@ from hpc_gen.runtime.errors import CheckpointError, ExitCode, FencedError, HpcGe
 from hpc_gen.runtime.fence import Fence, claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.rank_detection import detect
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
-from hpc_gen.stages import forecast
+from hpc_gen.stages import forecast, width
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
 from hpc_gen.stages.initial import take_initial_weights
 from hpc_gen.stages.origin import CARRIED
@@ -59,6 +60,7 @@ def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopTok
     `stop` has its signal handlers installed already, so a signal during start-up is honoured. Raises HpcGenError.
     """
     config = _train_config(resolved)
+    width.check(config, detect(env.snapshot()).world_size)
     ranks = Ranks.start()
     try:
         attempt = _claim(run, ranks)
