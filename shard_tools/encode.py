@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hpc_gen import tokenizers
 from hpc_gen.config.experiment import EncodeConfig
-from hpc_gen.data.images import center_crop, resize, to_pixels
-from hpc_gen.data.index import INDEX_NAME, LABELS, ColumnInfo, TableIndex
+from hpc_gen.data import decode
+from hpc_gen.data.crops import crop
+from hpc_gen.data.images import resize, to_pixels
+from hpc_gen.data.index import INDEX_NAME, LABELS, ROW_ID, ColumnInfo, TableIndex
 from hpc_gen.data.row_files import stored
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
@@ -31,7 +34,8 @@ from hpc_gen.tokenizers import CPU, FullPrecision
 from hpc_gen.training.precision import set_determinism
 from shard_tools.output import Output, make_facts, read_facts, shards_of, statistics, whole_unit, with_shards
 from shard_tools.recipe import recipe_of, refuse_other_recipe, row_names, row_order
-from shard_tools.sources import TRAIN, VALIDATION, Source, Split, open_source
+from shard_tools.sources import open_source
+from shard_tools.split import TRAIN, VALIDATION, Source, Split
 
 IMAGES_PER_POLL = 8  # a forward pass; a stop is looked for between them
 LABEL_BYTES = 8
@@ -154,28 +158,57 @@ class EncodeWorker:
         items: list[int] = []
         bad: list[str] = []
         split = self.source.splits[output.split]
-        for item in output.items(unit):
-            poll()
-            try:
-                image, label = self._pixels(split, item)
-            except DataError as error:
-                bad.append(f"{split.ids[item]}: {error}")
+        for item, image in self._images(split, output.items(unit), poll):
+            if isinstance(image, DataError):
+                bad.append(f"{split.ids[item]}: {image}")
                 self._check_bad(bad, output)
                 continue
-            pixels.append(image)
-            labels.append(label)
+            pixels.append(self._cut(image))
+            labels.append(int(split.labels[item]))
             items.append(item)
         if not pixels:
             return {}, [], bad
-        return {**self._tokenize(pixels, poll), LABELS: torch.tensor(labels, dtype=torch.int64)}, items, bad
+        columns = {**self._tokenize(pixels, poll), LABELS: torch.tensor(labels, dtype=torch.int64)}
+        if self.encode.row_ids:
+            columns[ROW_ID] = torch.tensor(items, dtype=torch.int64)
+        return columns, items, bad
 
-    def _pixels(self, split: Split, item: int) -> tuple[Tensor, int]:
-        """One image as uint8 [C, H, W], and its label."""
-        image, label, _ = split.item(item)
-        image = center_crop(image, self.encode.crop_size or self.encode.image_size)
-        if image.size != (self.encode.image_size, self.encode.image_size):
-            image = resize(image, self.encode.image_size)
-        return to_pixels(image, self.encode.channels), label
+    def _images(
+        self, split: Split, items: list[int], poll: Callable[[], None]
+    ) -> Iterator[tuple[int, Image.Image | DataError]]:
+        """Each item with its image, or with what is wrong with it."""
+        if split.read is None or self.encode.decode in (None, "pillow"):
+            for item in items:
+                poll()
+                try:
+                    yield item, split.load(item)
+                except DataError as error:
+                    yield item, error
+            return
+        for begin in range(0, len(items), IMAGES_PER_POLL):
+            poll()
+            group: list[tuple[int, bytes | DataError]] = []
+            for item in items[begin : begin + IMAGES_PER_POLL]:
+                try:
+                    group.append((item, split.read(item)))
+                except DataError as error:
+                    group.append((item, error))
+            decoded = iter(self._decoder.decode([data for _, data in group if isinstance(data, bytes)]))
+            for item, data in group:
+                yield item, next(decoded) if isinstance(data, bytes) else data
+
+    @cached_property
+    def _decoder(self) -> decode.ImageDecoder:
+        name = self.encode.decode or "pillow"
+        return decode.build(name, self.encode.background, self.encode.threads, self.device.index or 0)
+
+    def _cut(self, image: Image.Image) -> Tensor:
+        """The square of an image that is stored or tokenized, uint8 [C, H, W]."""
+        encode = self.encode
+        image = crop(encode.crop or "adm", image, encode.crop_size or encode.image_size, encode.short_side)
+        if image.size != (encode.image_size, encode.image_size):
+            image = resize(image, encode.image_size)
+        return to_pixels(image, encode.channels)
 
     def _tokenize(self, pixels: list[Tensor], poll: Callable[[], None]) -> dict[str, Tensor]:
         """What is stored of these images, {column: [N, ...]} on the CPU. Raises DataError where it is not finite."""

@@ -16,7 +16,7 @@ from hpc_gen.data.foreign import shard_files
 from hpc_gen.data.index import FACTS_FOLDER, INDEX_NAME, LAYOUTS, Layout, TableIndex, differences
 from hpc_gen.runtime.errors import DataError, UserError, nearest
 from hpc_gen.runtime.randomness import permutation
-from shard_tools.sources import Source, Split
+from shard_tools.split import Source, Split
 
 ROW_ORDER = "shuffled-1"  # the name of `row_order`; a new number if that function ever changes
 
@@ -43,6 +43,9 @@ def recipe_of(
     # Keys of later versions stand only where they say something: tables of pixels keep their recipe.
     if encode.crop_size is not None:
         recipe["crop_size"] = encode.crop_size
+    for key in ("crop", "short_side", "decode", "row_ids"):
+        if getattr(encode, key) is not None:
+            recipe[key] = getattr(encode, key)
     if encode.format != "ptshard":
         recipe["format"] = encode.format
     if encode.tokenizer.name != "identity":  # a network's last bits depend on these

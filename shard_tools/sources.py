@@ -12,7 +12,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from PIL import Image
 
 from hpc_gen.data.images import WHITE, decode_image
 from hpc_gen.runtime.errors import DataError, UserError, nearest
+from shard_tools.archives import open_edm_zip, open_tar
+from shard_tools.parquet import open_parquet
+from shard_tools.split import IMAGE_SUFFIXES, TRAIN, VALIDATION, Source, Split
 
-TRAIN, VALIDATION = "train", "validation"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MNIST_FILES = {
     TRAIN: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     VALIDATION: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -35,40 +35,6 @@ EMOJI_HELD_OUT = 10  # one base emoji in ten is for validation
 CIFAR_BYTES = 3 * 32 * 32
 
 UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images of one split in the source's own order: ids are stable, path-like, and free of this machine's paths."""
-
-    ids: Sequence[str]
-    labels: Int64Array
-    load: Callable[[int], Image.Image]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.ids)
-
-    def item(self, i: int) -> tuple[Image.Image, int, str]:
-        """(image, label, id) of image `i`. Raises DataError when it cannot be read."""
-        return self.load(i), int(self.labels[i]), self.ids[i]
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened source. `content` is a hash of its listing; `skipped` counts what was left out, by reason."""
-
-    name: str
-    class_names: tuple[str, ...]
-    splits: dict[str, Split]
-    content: str
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; labels are 0 .. num_classes - 1."""
-        return len(self.class_names)
 
 
 def open_source(name: str, folder: Path, background: Sequence[int] = WHITE) -> Source:
@@ -77,9 +43,9 @@ def open_source(name: str, folder: Path, background: Sequence[int] = WHITE) -> S
         raise UserError(
             f"unknown source {name!r}{nearest(name, SOURCES)}; known: {', '.join(sorted(SOURCES))}"
         )
-    if not folder.is_dir():
-        fix = "check encode.source_path" if name == "folder" else f"run: hpc-gen shards fetch {name}"
-        raise UserError(f"source {name!r}: there is no folder {folder}; {fix}")
+    if not (folder.is_dir() or (name in ARCHIVES and folder.is_file())):
+        fix = f"run: hpc-gen shards fetch {name}" if name in FETCHED else "check encode.source_path"
+        raise UserError(f"source {name!r}: there is no {'file or ' if name in ARCHIVES else ''}folder {folder}; {fix}")
     source = SOURCES[name](folder, background)
     for split_name, split in source.splits.items():
         if not len(split):
@@ -284,25 +250,30 @@ def _open_folder(folder: Path, background: Sequence[int]) -> Source:
         ids = [f"{split}/{path.relative_to(root).as_posix()}" for path in files]
         for path, name in zip(files, ids, strict=True):
             content.update(f"{name} {path.stat().st_size}\n".encode())
-        splits[split] = Split(ids, np.array(labels, dtype=np.int64), _file_loader(files, background))
+        splits[split] = Split.of_files(ids, labels, _file_reader(files), background)
     counts = {"not an image file": not_images, "image outside a class folder": outside}
     skipped = {reason: count for reason, count in counts.items() if count}
     return Source("folder", class_names, splits, content.hexdigest(), skipped)
 
 
-def _file_loader(files: list[Path], background: Sequence[int]) -> Callable[[int], Image.Image]:
-    def load(i: int) -> Image.Image:
+def _file_reader(files: list[Path]) -> Callable[[int], bytes]:
+    def read(i: int) -> bytes:
         try:
-            return decode_image(files[i].read_bytes(), background)
+            return files[i].read_bytes()
         except OSError as error:
             raise DataError(f"{files[i]} cannot be read ({error.strerror})") from error
 
-    return load
+    return read
 
 
+FETCHED = ("mnist", "emoji", "cifar10")  # by `hpc-gen shards fetch`; the others are the user's own
+ARCHIVES = ("tar", "edm_zip", "parquet")  # a file, or a folder of files
 SOURCES: dict[str, Callable[[Path, Sequence[int]], Source]] = {
     "mnist": _open_mnist,
     "emoji": _open_emoji,
     "cifar10": _open_cifar10,
     "folder": _open_folder,
+    "tar": open_tar,
+    "edm_zip": open_edm_zip,
+    "parquet": open_parquet,
 }

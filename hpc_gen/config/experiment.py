@@ -21,6 +21,7 @@ from hpc_gen.config.base import (
     Sha256,
 )
 from hpc_gen.config.daily import InitFromConfig, NotifyConfig
+from hpc_gen.config.data import SourceKeys
 from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.tokenizer import TokenizerConfig
@@ -86,17 +87,9 @@ class DataConfig(Section):
     """What made the latents of the table and decodes them, where no section 'encode' says so; null = nothing did."""
 
 
-class EncodeConfig(Section):
+class EncodeConfig(SourceKeys):
     """The encode stage: images become the shards of `data.table`."""
 
-    source: Literal["mnist", "emoji", "cifar10", "folder"]
-    """Where images come from: a data set that `hpc-gen shards fetch` knows, or a folder with one folder per class."""
-    source_path: str | None = Field(default=None, json_schema_extra=OPERATION)
-    """Folder of the images; null = where `hpc-gen shards fetch` puts them. Required for 'folder'."""
-    image_size: PositiveInt
-    """Side of the square that is stored or tokenized, in pixels."""
-    crop_size: PositiveInt | None = None
-    """Side of the centre crop that is then resized to image_size; null = crop at image_size."""
     channels: Literal[1, 3] = 3
     """Stored channels: 1 grey, 3 colour."""
     shard_rows: PositiveInt = 1024
@@ -119,24 +112,6 @@ class EncodeConfig(Section):
     """Processes that share the units."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour behind transparent pixels, red green blue 0..255."""
-
-    @model_validator(mode="after")
-    def _crop_is_not_enlarged(self) -> EncodeConfig:
-        if self.crop_size is not None and self.crop_size < self.image_size:
-            raise KeyProblem(
-                "encode.crop_size",
-                f"'encode.crop_size' = {self.crop_size} is smaller than 'encode.image_size' = {self.image_size}; "
-                "raise it, or leave it out",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _folder_has_a_path(self) -> EncodeConfig:
-        if self.source == "folder" and self.source_path is None:
-            raise KeyProblem(
-                "encode.source", "'encode.source' = 'folder' needs 'encode.source_path', the folder of the images"
-            )
-        return self
 
 
 class SampleConfig(Section):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hpc_gen.runtime.errors import DataError
@@ -38,6 +38,8 @@ def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
             return to_rgb(image, background)
     except DataError:
         raise
+    except UnidentifiedImageError as error:  # its text names an address in memory, another one every time
+        raise DataError("not a readable image (of no known format); replace the file or remove it") from error
     except (
         Exception
     ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
@@ -91,3 +93,11 @@ def normalize(pixels: Tensor) -> Tensor:
 def to_tensor_normalized(image: Image.Image) -> Tensor:
     """An RGB image as float32 [3, H, W] in -1..1."""
     return normalize(to_pixels(image))
+
+
+def truncated_pixels(images: Tensor) -> Tensor:
+    """Decoded images in -1..1, any float [N, C, H, W], to uint8: 127.5 x + 128 clipped and cut off, not rounded.
+
+    As GMem's decoder ends (specs/gmem.md section 4); golden `image_ops`.
+    """
+    return (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8)

@@ -20,6 +20,7 @@ INDEX_NAME = "index.json"
 FACTS_FOLDER = "facts"  # beside the shards of the stage encode: what each unit made, merged into the index at the end
 FORMAT = "hpc-gen-table-1"
 LABELS = "labels"  # the column of class numbers, int64 []
+ROW_ID = "row_id"  # a column by which tables are joined, int64 []: the number of the image in its source
 Layout = Literal["ptshard", "pt", "npz"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 

@@ -36,7 +36,8 @@ def test_no_package_has_two_versions() -> None:
 
 
 def test_extras_are_those_that_were_promised() -> None:
-    assert set(EXTRAS) == {"demo", "tracking", "webdataset", "dali", "mamba", "faiss", "deepspeed", "gpu", "dev"}
+    promised = {"demo", "tracking", "webdataset", "dali", "parquet", "mamba", "faiss", "deepspeed", "gpu", "dev"}
+    assert set(EXTRAS) == promised
 
 
 def test_environment_yaml_agrees() -> None:
