@@ -128,8 +128,8 @@ FILE_CASES = [
     ),
     (
         ("source: mnist", "source: mnst"),
-        "toy.yaml:7: 'encode.source' must be one of 'mnist', 'emoji', 'cifar10', 'folder', not 'mnst' (text); "
-        "did you mean 'mnist'?",
+        "toy.yaml:7: 'encode.source' must be one of 'mnist', 'emoji', 'cifar10', 'folder', 'tar', 'edm_zip', "
+        "'parquet', not 'mnst' (text); did you mean 'mnist'?",
     ),
     (
         ("num_images: 128", "num_images: 128\n  checkpoint: newest"),
