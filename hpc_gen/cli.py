@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_gen import cli_daily, cli_lab
+from hpc_gen import cli_daily, cli_lab, cli_slurm
 from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
     Config,
@@ -230,6 +230,7 @@ def resume(
 
 
 cli_daily.add_to(app)
+cli_slurm.add_to(app)
 
 
 @app.command(epilog=example("hpc-gen doctor", "hpc-gen doctor --json"))

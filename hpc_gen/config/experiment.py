@@ -260,6 +260,8 @@ class ExtraStage(Section):
     """Stages that must be done before."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Whatever the worker reads."""
+    unit_by_unit: bool = Field(default=False, json_schema_extra=OPERATION)
+    """Unit i needs only unit i of the stage before it, so that on Slurm task i starts when that one is done."""
     tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
     """Processes that share the units."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,43 @@ def loads(text: str, overrides: Sequence[str] = (), name: str = "experiment") ->
         _apply(tree, sources, override)
     experiment = _validate(Experiment, tree, sources, "", name)
     return _resolved(experiment, sources, name)
+
+
+def load_section(
+    model: type[_Model], text: str, overrides: Sequence[str], name: str, variables: Mapping[str, str] | None = None
+) -> _Model:
+    """A typed mapping of its own, such as a cluster profile, by the rules of an experiment file.
+
+    `variables`: what ${NAME} in its texts stands for; None leaves them as they are. Raises ConfigError, also naming the
+    place of a variable that is not there.
+    """
+    tree, sources = yaml_tree.parse(text, name)
+    for override in overrides:
+        _apply(tree, sources, override)
+    if variables is not None:
+        tree = _filled_in(tree, "", variables, sources, name)
+    return _validate(model, tree, sources, "", name)
+
+
+def _filled_in(value: Any, path: str, variables: Mapping[str, str], sources: Mapping[str, str], name: str) -> Any:
+    """The value with every ${NAME} in its texts replaced."""
+    if isinstance(value, dict):
+        return {key: _filled_in(v, f"{path}.{key}".lstrip("."), variables, sources, name) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(inner, f"{path}.{i}", variables, sources, name) for i, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def text_of(match: re.Match[str]) -> str:
+        found = variables.get(match[1])
+        if not found:
+            raise ConfigError(
+                f"{sources.get(path, f'{name}:1')}: '{path}' needs the environment variable {match[1]}, which is not "
+                f"set; export it, or give --set {path}=..."
+            )
+        return found
+
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", text_of, value)
 
 
 def type_method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 WORKSPACE = "HPC_GEN_WORKSPACE"
@@ -21,6 +22,14 @@ def set_default(name: str, value: str) -> None:
 def workspace() -> Path:
     """Folder of runs, tables and downloads: $HPC_GEN_WORKSPACE, else the current folder (absolute)."""
     return Path(os.path.abspath(get(WORKSPACE) or os.getcwd()))
+
+
+def user_name() -> str:
+    """Name of the user of this process; its number where the system has no name for it."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def snapshot() -> dict[str, str]:

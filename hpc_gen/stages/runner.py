@@ -35,11 +35,14 @@ WORKERS = {
 
 
 GRACE_S = 10.0  # between a rank's failure and SIGKILL for the others
+UNIT_MARGIN_S = 30.0  # before the end of a job, for a task of units: to leave the unit in hand and tell
+JOB_END = "HPC_GEN_JOB_END"
+"""Wall seconds at which the job ends by its time limit, from the batch body; 0 or unset: not known."""
 
 
 @dataclass(frozen=True)
-class _Width:
-    """Processes of one stage on this machine."""
+class Width:
+    """Processes of one stage, and CPU threads of each."""
 
     processes: int
     threads: int
@@ -50,7 +53,7 @@ def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -
     resolved = load_run(run)
     chosen = list(stages) if stages else resolved.experiment.stage_order()
     for name in chosen:
-        _check_stage(resolved, name)
+        check_stage(resolved, name)
     for number, name in enumerate(chosen, 1):
         printer(f"[{number}/{len(chosen)}] {run.name}: {name}")
         code = launch_stage(run, resolved, name)
@@ -63,7 +66,7 @@ def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -
 
 def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
     """Start the processes of one stage and wait for them; returns the stage's exit code."""
-    wide = _width(resolved, name)
+    wide = width_of(resolved, name)
     argv = [sys.executable, "-P", "-m", "hpc_gen.cli", "stage", str(run.path), name]
     path = os.pathsep.join([str(run.code), *filter(None, [env.get("PYTHONPATH")])])
     extra = {"PYTHONPATH": path, "HPC_GEN_WORKSPACE": str(run.workspace), ending.RUNNER: "1"}
@@ -86,8 +89,8 @@ def plan(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = None
     """What `run` would do, a line each, for --dry-run; changes nothing."""
     lines = [f"run folder  {run.path}{'' if run.exists() else ' (new)'}", f"identity    {resolved.identity}"]
     for name in stages or resolved.experiment.stage_order():
-        _check_stage(resolved, name)
-        wide = _width(resolved, name)
+        check_stage(resolved, name)
+        wide = width_of(resolved, name)
         kind = "ranks" if name == "train" else "tasks"
         train = resolved.experiment.train
         allowed = f", of {train.width} allowed" if name == "train" and train is not None and train.width else ""
@@ -100,7 +103,7 @@ def run_stage(run: RunFolder, name: str) -> int:
     stop = StopToken(run)
     stop.install()  # before the heavy imports: a signal during start-up is honoured
     resolved = load_run(run)
-    _check_stage(resolved, name)
+    check_stage(resolved, name)
     if env.get(ending.RUNNER):
         return _stage_body(run, resolved, name, stop)[0]
     code, message, answers = int(ExitCode.BUG), None, True
@@ -120,17 +123,30 @@ def run_stage(run: RunFolder, name: str) -> int:
 
 def _stage_body(run: RunFolder, resolved: Resolved, name: str, stop: StopToken) -> tuple[int, bool]:
     """The exit code, and whether this process is the one of its stage to tell of it."""
+    stop.deadline = _deadline(resolved, name)
     if name != "train":
         return _run_units(run, resolved, name, stop)
     from hpc_gen.stages.train import run_train
 
-    if resolved.experiment.train is not None and resolved.experiment.train.time_limit_s is not None:
-        limit = resolved.experiment.train.time_limit_s - resolved.experiment.train.save_before_limit_s
-        stop.deadline = clock.process_start() + limit
     return int(run_train(run, resolved, run.workspace, stop)), True
 
 
-def _check_stage(resolved: Resolved, name: str) -> None:
+def _deadline(resolved: Resolved, name: str) -> float | None:
+    """Wall seconds at which to save and leave: before the time limit of the config or of the job, the earlier one."""
+    train = resolved.experiment.train
+    own = train if name == "train" else None
+    ends = []
+    if own is not None and own.time_limit_s is not None:
+        ends.append(clock.process_start() + own.time_limit_s)
+    job_end = float(env.get(JOB_END) or 0)
+    if job_end > 0:
+        ends.append(job_end)
+    margin = own.save_before_limit_s if own is not None else UNIT_MARGIN_S
+    return min(ends) - margin if ends else None
+
+
+def check_stage(resolved: Resolved, name: str) -> None:
+    """Raise UserError, naming the nearest, when the experiment has no such stage."""
     configured = resolved.experiment.configured_stages()
     if name not in configured:
         raise UserError(
@@ -139,13 +155,14 @@ def _check_stage(resolved: Resolved, name: str) -> None:
         )
 
 
-def _width(resolved: Resolved, name: str) -> _Width:
+def width_of(resolved: Resolved, name: str) -> Width:
+    """How many processes a stage wants, and their threads."""
     experiment = resolved.experiment
     if name == "train":
         assert experiment.train is not None
-        return _Width(width.choose_here(experiment.train), experiment.train.threads)
+        return Width(width.choose_here(experiment.train), experiment.train.threads)
     section = experiment.extra_stages.get(name) or getattr(experiment, name)
-    return _Width(getattr(section, "tasks", 1), getattr(section, "threads", 1))
+    return Width(getattr(section, "tasks", 1), getattr(section, "threads", 1))
 
 
 def _explain(run: RunFolder, name: str, code: int) -> str:

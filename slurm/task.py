@@ -1,0 +1,69 @@
+"""What every task of a job runs: one stage of one run. submitit pickles it by name, so it holds plain values only.
+
+The code that unpickles it is the copy in the run folder (PYTHONPATH of the batch script), not the tree of whoever
+submitted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from types import FrameType
+
+from hpc_gen.runtime import env
+from hpc_gen.runtime.errors import ExitCode
+from hpc_gen.runtime.fence import Job
+
+TRAIN = "train"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _leave_at_once() -> None:
+    """Take signals over from submitit and let them through: until the stop token has them, there is nothing to save.
+
+    submitit's handlers would log in the middle of anything, SIGCONT's too. One that was held back arrives here.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"hpc-gen: {signal.Signals(number).name} before the stage began; nothing to save\n".encode())
+        os._exit(ExitCode.REQUEUE)
+
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCONT, *SIGNALS})
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """`stage` of the run in `run_path`; task `task` of `num_tasks` where the stage is made of units."""
+
+    run_path: str
+    stage: str
+    task: int = 0
+    num_tasks: int = 1
+
+    def __call__(self) -> int:
+        """Run the stage; leaves the process with the stage's exit code unless that is 0."""
+        _leave_at_once()
+        from hpc_gen.cli_errors import exit_code_of
+        from hpc_gen.runtime.run_folder import RunFolder
+        from hpc_gen.stages import runner
+
+        if self.stage == TRAIN:
+            import hpc_gen.stages.train  # noqa: F401 - seconds of imports, in which a signal is still answered at once
+
+        env.set_default("HPC_GEN_TASK", str(self.task))
+        env.set_default("HPC_GEN_NUM_TASKS", str(self.num_tasks))
+        job = Job.current()
+        print(
+            f"hpc-gen: {self.stage} of {self.run_path}, job {job.job_id}, start {job.restart_count}, "
+            f"task {env.get('SLURM_PROCID') or 0} on {os.uname().nodename}",
+            flush=True,
+        )
+        run = RunFolder(self.run_path)
+        code = exit_code_of(lambda: runner.run_stage(run, self.stage), ["stage", self.run_path, self.stage])
+        if code:
+            raise SystemExit(code)
+        return code
