@@ -87,9 +87,14 @@ def _submit(resolved: Any, root: Path, cluster: str, profile: Any, stages: str |
 
 
 def _download(resolved: Any, root: Path, stages: list[str]) -> None:
-    """Fetch the images of the encode stage here, where there is a network; compute nodes may have none."""
+    """Fetch what the stages need here, where there is a network; compute nodes may have none."""
     from shard_tools import fetch
 
     encode = resolved.experiment.encode
     if "encode" in stages and encode is not None and encode.source_path is None and encode.source in fetch.DOWNLOADS:
         fetch.fetch(encode.source, root, say=say)
+    evaluate = resolved.experiment.evaluate
+    if "evaluate" in stages and evaluate is not None and evaluate.extractor.weights is None:
+        for name in fetch.DOWNLOADS:
+            if evaluate.extractor.name.partition("-")[0] == name:
+                fetch.fetch(name, root, say=say)
