@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.randomness import permutation
 
 ITERATIONS = 20
 SEED = 1234  # faiss's own; of the start and of the split of empty clusters
@@ -138,18 +139,19 @@ def lloyd(
     iterations: int = ITERATIONS,
     first: int = 0,
     backend: Backend = "auto",
+    threads: int = 1,
     poll: Callable[[], None] = lambda: None,
 ) -> Iterator[Step]:
     """Iterations `first` .. `iterations` - 1 from the centroids `start` [K, D] (None: K points drawn by `initial`).
 
-    `poll` is called between iterations. Raises UserError when there are fewer points than codes, DataError for points
-    that are not finite.
+    `poll` is called between iterations, `threads` are those of a CPU. Raises UserError when there are fewer points than
+    codes, DataError for points that are not finite.
     """
     if points.ndim != 2 or len(points) < codes:
         raise UserError(f"k-means of {codes} codes needs at least as many vectors, got {len(points)}; give more rows")
     if not np.isfinite(points).all():
         raise DataError("the features hold values that are not finite; encode them again in float32")
-    step = _stepper(np.ascontiguousarray(points, dtype=np.float32), chosen_backend(backend))
+    step = _stepper(np.ascontiguousarray(points, dtype=np.float32), chosen_backend(backend), threads)
     centroids = initial(points, codes) if start is None else np.ascontiguousarray(start, dtype=np.float32)
     for iteration in range(first, iterations):
         poll()
@@ -159,7 +161,7 @@ def lloyd(
 
 def initial(points: Float32Array, codes: int, seed: int = SEED) -> Float32Array:
     """The start: `codes` points drawn without repetition, a function of the seed alone."""
-    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(points))[:codes]
+    chosen = permutation(seed, "kmeans/start", 0, len(points))[:codes]
     return np.ascontiguousarray(points[chosen], dtype=np.float32)
 
 
@@ -179,14 +181,16 @@ def chosen_backend(backend: Backend) -> Literal["faiss", "torch"]:
 Stepper = Callable[[Float32Array], tuple[Float32Array, float, int]]
 
 
-def _stepper(points: Float32Array, backend: str) -> Stepper:
-    return _faiss_stepper(points) if backend == "faiss" else _torch_stepper(points)
+def _stepper(points: Float32Array, backend: str, threads: int) -> Stepper:
+    torch.set_num_threads(threads)
+    return _faiss_stepper(points, threads) if backend == "faiss" else _torch_stepper(points)
 
 
-def _faiss_stepper(points: Float32Array) -> Stepper:
+def _faiss_stepper(points: Float32Array, threads: int) -> Stepper:
     """One iteration by faiss, on a GPU where its build and the machine have one."""
     import faiss
 
+    faiss.omp_set_num_threads(threads)
     gpu = bool(getattr(faiss, "get_num_gpus", lambda: 0)())
 
     def step(centroids: Float32Array) -> tuple[Float32Array, float, int]:
