@@ -10,32 +10,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from hpc_gen import tokenizers
+from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.experiment import EncodeConfig
-from hpc_gen.data import decode
-from hpc_gen.data.crops import crop
-from hpc_gen.data.images import resize, to_pixels
+from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.data.index import INDEX_NAME, LABELS, ROW_ID, ColumnInfo, TableIndex
 from hpc_gen.data.row_files import stored
-from hpc_gen.runtime import commit
+from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.stages.device import task_device
 from hpc_gen.stages.forecast import Need
 from hpc_gen.stages.units import StageContext, Unit
-from hpc_gen.tokenizers import CPU, FullPrecision
+from hpc_gen.tokenizers import CPU, FullPrecision, Tokenizer
+from hpc_gen.tokenizers.several import Several
 from hpc_gen.training.precision import set_determinism
 from shard_tools.output import Output, make_facts, read_facts, shards_of, statistics, whole_unit, with_shards
+from shard_tools.pixels import ahead, squares
 from shard_tools.recipe import recipe_of, refuse_other_recipe, row_names, row_order
 from shard_tools.sources import open_source
-from shard_tools.split import TRAIN, VALIDATION, Source, Split
+from shard_tools.split import TRAIN, VALIDATION, Source
 
 IMAGES_PER_POLL = 8  # a forward pass; a stop is looked for between them
 LABEL_BYTES = 8
@@ -58,6 +60,34 @@ def worker(context: StageContext) -> EncodeWorker:
     return EncodeWorker(encode, context.workspace, folders, task_device(context.task))
 
 
+def extra_worker(context: StageContext) -> EncodeWorker:
+    """Factory of an extra stage that encodes a table of its own, as the features that centroids are fitted to.
+
+    Its options: `encode` as the section of that name, `table` and, where `encode.validation` is true,
+    `validation_table`. Raises UserError for others.
+    """
+    options = dict(context.experiment.extra_stages[context.stage].options)
+    where = f"extra_stages.{context.stage}.options"
+    section, table, held_out = (options.pop(key, None) for key in ("encode", "table", "validation_table"))
+    if options or not isinstance(table, str) or not isinstance(section, dict):
+        raise UserError(f"'{where}' needs 'encode' (a section) and 'table' (a folder), may have 'validation_table'")
+    try:
+        encode = EncodeConfig.model_validate(section)
+    except (ValidationError, KeyProblem) as error:
+        raise UserError(f"'{where}.encode' is refused: {_first_problem(error)}") from error
+    if encode.validation != (held_out is not None):
+        raise UserError(f"'{where}' needs 'validation_table' exactly where encode.validation is true")
+    folders = {TRAIN: table} | ({VALIDATION: str(held_out)} if held_out is not None else {})
+    return EncodeWorker(encode, context.workspace, folders, task_device(context.task))
+
+
+def _first_problem(error: ValidationError | KeyProblem) -> str:
+    if isinstance(error, KeyProblem):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 class EncodeWorker:
     """A UnitWorker; units are the shards of the training table, then those of the validation table."""
 
@@ -71,9 +101,24 @@ class EncodeWorker:
         self.workspace = workspace
         self.tables = tables
         self.device = device
-        self.tokenizer = tokenizers.build(
-            encode.tokenizer.name, workspace=workspace, device=device, **encode.tokenizer.settings()
-        )
+        self.tokenizer = self._build()
+        self.network_s = 0.0
+        """Seconds in the tokenizer's network so far; decoding is overlapped with it."""
+
+    def _build(self) -> Tokenizer:
+        """The tokenizer of the section, with those of `also`."""
+
+        def build(config: TokenizerConfig) -> Tokenizer:
+            return tokenizers.build(config.name, workspace=self.workspace, device=self.device, **config.settings())
+
+        first = build(self.encode.tokenizer)
+        others = {name: build(config) for name, config in (self.encode.also or {}).items()}
+        return Several(first, others) if others else first
+
+    @property
+    def computes(self) -> bool:
+        """Whether a network is at work, whose last bits depend on threads and device."""
+        return any(each.name != "identity" for each in (self.encode.tokenizer, *(self.encode.also or {}).values()))
 
     @cached_property
     def source(self) -> Source:
@@ -94,7 +139,11 @@ class EncodeWorker:
         outputs: dict[str, Output] = {}
         layout = self.encode.format
         for split, table in self.tables.items():
-            recipe = recipe_of(self.encode, self.source, split, self.tokenizer.identity, self.device)
+            recipe = recipe_of(self.encode, self.source, split, self.tokenizer.identity)
+            if isinstance(self.tokenizer, Several):
+                recipe["also"] = self.tokenizer.others
+            if self.computes:
+                recipe["computed"] = {"threads": self.encode.threads, "device": self.device.type}
             order = row_order(self.source, split, recipe["classes"], recipe["limit"])
             folder = self.workspace / table
             refuse_other_recipe(folder, recipe)
@@ -141,7 +190,7 @@ class EncodeWorker:
             return Need(0, 0)
         side = self.encode.image_size
         black = torch.zeros(self.encode.channels, side, side, dtype=torch.uint8)
-        columns = self._tokenize([black], lambda: None)
+        columns = self._tokenize([black])
         row = sum(column.numel() * column.element_size() for column in columns.values()) + LABEL_BYTES
         rows = sum(len(o.items(unit)) for o, unit in missing)
         if self.encode.format == "ptshard":
@@ -153,79 +202,49 @@ class EncodeWorker:
         self, output: Output, unit: int, poll: Callable[[], None]
     ) -> tuple[dict[str, Tensor], list[int], list[str]]:
         """Columns of one unit (empty when no image could be read), its items, and its bad images as "id: reason"."""
-        pixels: list[Tensor] = []
-        labels: list[int] = []
+        parts: list[dict[str, Tensor]] = []
+        waiting: list[Tensor] = []
         items: list[int] = []
         bad: list[str] = []
         split = self.source.splits[output.split]
-        for item, image in self._images(split, output.items(unit), poll):
-            if isinstance(image, DataError):
-                bad.append(f"{split.ids[item]}: {image}")
-                self._check_bad(bad, output)
-                continue
-            pixels.append(self._cut(image))
-            labels.append(int(split.labels[item]))
-            items.append(item)
-        if not pixels:
+        pixels = squares(split, output.items(unit), self.encode, self.device.index or 0)
+        with closing(ahead(pixels)) as images:
+            for item, image in images:
+                poll()
+                if isinstance(image, DataError):
+                    bad.append(f"{split.ids[item]}: {image}")
+                    self._check_bad(bad, output)
+                    continue
+                waiting.append(image)
+                items.append(item)
+                if len(waiting) == IMAGES_PER_POLL:
+                    parts.append(self._tokenize(waiting))
+                    waiting = []
+        if waiting:
+            parts.append(self._tokenize(waiting))
+        if not parts:
             return {}, [], bad
-        columns = {**self._tokenize(pixels, poll), LABELS: torch.tensor(labels, dtype=torch.int64)}
+        columns = {name: torch.cat([part[name] for part in parts]) for name in self.tokenizer.columns}
+        columns[LABELS] = torch.from_numpy(split.labels[items]).to(torch.int64)
         if self.encode.row_ids:
             columns[ROW_ID] = torch.tensor(items, dtype=torch.int64)
         return columns, items, bad
 
-    def _images(
-        self, split: Split, items: list[int], poll: Callable[[], None]
-    ) -> Iterator[tuple[int, Image.Image | DataError]]:
-        """Each item with its image, or with what is wrong with it."""
-        if split.read is None or self.encode.decode in (None, "pillow"):
-            for item in items:
-                poll()
-                try:
-                    yield item, split.load(item)
-                except DataError as error:
-                    yield item, error
-            return
-        for begin in range(0, len(items), IMAGES_PER_POLL):
-            poll()
-            group: list[tuple[int, bytes | DataError]] = []
-            for item in items[begin : begin + IMAGES_PER_POLL]:
-                try:
-                    group.append((item, split.read(item)))
-                except DataError as error:
-                    group.append((item, error))
-            decoded = iter(self._decoder.decode([data for _, data in group if isinstance(data, bytes)]))
-            for item, data in group:
-                yield item, next(decoded) if isinstance(data, bytes) else data
-
-    @cached_property
-    def _decoder(self) -> decode.ImageDecoder:
-        name = self.encode.decode or "pillow"
-        return decode.build(name, self.encode.background, self.encode.threads, self.device.index or 0)
-
-    def _cut(self, image: Image.Image) -> Tensor:
-        """The square of an image that is stored or tokenized, uint8 [C, H, W]."""
-        encode = self.encode
-        image = crop(encode.crop or "adm", image, encode.crop_size or encode.image_size, encode.short_side)
-        if image.size != (encode.image_size, encode.image_size):
-            image = resize(image, encode.image_size)
-        return to_pixels(image, encode.channels)
-
-    def _tokenize(self, pixels: list[Tensor], poll: Callable[[], None]) -> dict[str, Tensor]:
+    def _tokenize(self, pixels: list[Tensor]) -> dict[str, Tensor]:
         """What is stored of these images, {column: [N, ...]} on the CPU. Raises DataError where it is not finite."""
-        if self.encode.tokenizer.name != "identity":
+        begun = clock.monotonic()
+        if self.computes:
             set_determinism(True, self.encode.threads)
         encode = self.tokenizer.encode
         if self.encode.format == "npz" and isinstance(self.tokenizer, FullPrecision):
             encode = self.tokenizer.encode_float32
-        parts: list[dict[str, Tensor]] = []
-        for begin in range(0, len(pixels), IMAGES_PER_POLL):
-            poll()
-            parts.append(encode(torch.stack(pixels[begin : begin + IMAGES_PER_POLL])))
-        columns = {name: torch.cat([part[name] for part in parts]) for name in self.tokenizer.columns}
+        columns = encode(torch.stack(pixels))
         for name, column in columns.items():
             if not bool(torch.isfinite(column).all()):
                 raise DataError(f"tokenizer {self.tokenizer.name!r} makes non-finite {name}; check its weights")
-        return {name: stored(self.encode.format, column) for name, column in columns.items()}
+        columns = {name: stored(self.encode.format, columns[name]) for name in self.tokenizer.columns}
+        self.network_s += clock.monotonic() - begun
+        return columns
 
     def _check_bad(self, bad: list[str], output: Output) -> None:
         """Raise DataError when there are more bad images than the split may have."""

@@ -13,7 +13,7 @@ import numpy as np
 from hpc_gen.data.foreign import damaged_member
 from hpc_gen.data.index import INDEX_NAME, LABELS, ShardInfo, TableIndex
 from hpc_gen.data.ptshard import content_sha256
-from hpc_gen.data.statistics import ChannelSums
+from hpc_gen.data.statistics import ChannelSums, has_channels
 from hpc_gen.data.table import Table
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
@@ -78,7 +78,7 @@ def _hashed(table: Table, tokenizer: Mapping[str, Any], progress: Progress) -> T
             raise DataError(f"shard {path} is damaged in {member}; restore it (no index is written)")
         shards.append(replace(info, sha256=digest, content=content_sha256(columns)))
         for name, column in columns.items():
-            if column.ndim > 1:
+            if has_channels(column):
                 part = ChannelSums.of(column)
                 sums[name] = ChannelSums.merge([sums[name], part]) if name in sums else part
         labels.update(columns[LABELS].tolist())

@@ -16,7 +16,7 @@ from torch import Tensor
 from hpc_gen.data.index import FACTS_FOLDER, LABELS, Layout, ShardInfo
 from hpc_gen.data.ptshard import columns_of, content_sha256, write_shard
 from hpc_gen.data.row_files import ROW_LAYOUTS, row_bytes
-from hpc_gen.data.statistics import ChannelSums
+from hpc_gen.data.statistics import ChannelSums, has_channels
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError
 from shard_tools.recipe import Recipe
@@ -84,10 +84,10 @@ def make_facts(recipe: Recipe, columns: dict[str, Tensor], bad: list[str]) -> di
 
 
 def column_facts(columns: dict[str, Tensor]) -> dict[str, Any]:
-    """What `statistics` merges: sums of every image-like column, histogram of the labels."""
+    """What `statistics` merges: sums of every column with channels, histogram of the labels."""
     labels = Counter(columns[LABELS].tolist())
     return {
-        "sums": {name: ChannelSums.of(t).to_json() for name, t in columns.items() if t.ndim > 1},
+        "sums": {name: ChannelSums.of(t).to_json() for name, t in columns.items() if has_channels(t)},
         "histogram": {str(label): count for label, count in sorted(labels.items())},
     }
 

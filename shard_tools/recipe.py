@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hpc_gen.config.experiment import EncodeConfig
 from hpc_gen.data.foreign import shard_files
@@ -23,9 +22,7 @@ ROW_ORDER = "shuffled-1"  # the name of `row_order`; a new number if that functi
 Recipe = dict[str, Any]
 
 
-def recipe_of(
-    encode: EncodeConfig, source: Source, split: str, tokenizer: dict[str, Any], device: torch.device
-) -> Recipe:
+def recipe_of(encode: EncodeConfig, source: Source, split: str, tokenizer: dict[str, Any]) -> Recipe:
     """The recipe of one split, JSON-ready."""
     recipe: Recipe = {
         "source": source.name,
@@ -48,8 +45,6 @@ def recipe_of(
             recipe[key] = getattr(encode, key)
     if encode.format != "ptshard":
         recipe["format"] = encode.format
-    if encode.tokenizer.name != "identity":  # a network's last bits depend on these
-        recipe["computed"] = {"threads": encode.threads, "device": device.type}
     return recipe
 
 

@@ -104,6 +104,8 @@ class EncodeConfig(SourceKeys):
     """Encode the held-out split too, into `data.validation_table`."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """What makes the stored columns of the pixels."""
+    also: dict[KeyName, TokenizerConfig] | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """More tokenizers by names of your own, whose columns are made in the same pass and stored beside the first's."""
     threads: PositiveInt = 1
     """CPU threads per task of the tokenizer's network; belongs to the identity."""
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -112,6 +114,16 @@ class EncodeConfig(SourceKeys):
     """Processes that share the units."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour behind transparent pixels, red green blue 0..255."""
+
+    @model_validator(mode="after")
+    def _rows_of_files_hold_one_tokenizer(self) -> EncodeConfig:
+        if self.also and self.format in ("pt", "npz"):
+            raise KeyProblem(
+                "encode.also",
+                f"'encode.also' does not go with 'encode.format' = '{self.format}', whose files hold moments alone; "
+                "use ptshard",
+            )
+        return self
 
 
 class SampleConfig(Section):

@@ -13,6 +13,14 @@ from torch import Tensor
 Number = int | float
 
 
+def has_channels(column: Tensor) -> bool:
+    """Whether statistics per channel mean something: images and latents [N, C, H, W], vectors [N, C] of floats.
+
+    Sequences of tokens [N, T, C] or codes [N, T] have none, and their sums in float64 would need gigabytes.
+    """
+    return column.ndim > 3 or (column.ndim == 2 and column.is_floating_point())
+
+
 @dataclass(frozen=True)
 class ChannelSums:
     """Sums over rows and space: `count` values per channel, `sum` and `sum_squares` of each channel."""
