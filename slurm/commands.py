@@ -195,7 +195,8 @@ def parse_live(text: str) -> list[LiveJob]:
         if not re.match(r"\d", job_id):
             continue
         times = ["" if each in ("N/A", "NONE", "Unknown") else each for each in (start, end, submitted)]
-        reason = "" if reason == "None" else reason
+        reason = "" if reason == "None" else reason.strip("()")
+        nodes = "" if nodes == "(null)" else nodes
         comment = "" if comment == "(null)" else comment
         found.append(LiveJob(job_id, state, reason, *times, partition, nodes, name, comment))
     return found

@@ -77,7 +77,9 @@ def _training(run: RunFolder, resolved: Resolved, profile: ClusterProfile) -> St
     words = f"{nodes} node{'s' if nodes > 1 else ''} x {per_node} processes"
     if not profile.requeue:
         words += f", a chain of {len(chain)} jobs: this site allows no requeue"
-    return StagePlan(TRAIN, specs, [StageTask(str(run.path), TRAIN)], words)
+    return StagePlan(
+        TRAIN, specs, [StageTask(str(run.path), TRAIN, gpus=_visible_gpus(profile, TRAIN, per_node))], words
+    )
 
 
 def _units(
@@ -95,7 +97,8 @@ def _units(
         words = (
             f"{len(missing)} of {total} units missing" if missing else f"all {total} units there: checks and finishes"
         )
-    tasks = [StageTask(str(run.path), stage, task, num_tasks) for task in wanted]
+    gpus = _visible_gpus(profile, stage, 1)
+    tasks = [StageTask(str(run.path), stage, task, num_tasks, gpus) for task in wanted]
     array = len(tasks) if len(tasks) > 1 else None
     spec = _spec(run, profile, stage, _job_name(run, stage), threads=width.threads, array=array)
     parallel = spec.wants.parallel
@@ -103,6 +106,13 @@ def _units(
         at_once = f", {parallel} at a time" if parallel is not None and parallel < array else ""
         words += f", an array of {array} tasks{at_once}"
     return StagePlan(stage, [spec], tasks, words, _corresponds(resolved.experiment, stage, before, num_tasks))
+
+
+def _visible_gpus(profile: ClusterProfile, stage: str, tasks_per_node: int) -> int:
+    """GPUs that each process must see: those of the job on its node, or its own one where they are bound to tasks."""
+    if not profile.for_stage(stage).gpus:
+        return 0
+    return 1 if profile.gpus.style == "gpus-per-task" else tasks_per_node
 
 
 def _corresponds(experiment: Experiment, stage: str, before: list[StagePlan], num_tasks: int) -> bool:

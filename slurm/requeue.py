@@ -21,7 +21,6 @@ from typing import List, NamedTuple, Optional
 DONE, USER, DATA, BUG, DIVERGED, REQUEUE, ELSEWHERE, STOPPED = 0, 2, 64, 70, 75, 85, 86, 87
 FINAL = (USER, DATA, DIVERGED, STOPPED)  # the same start would end the same way, or was not wanted
 TRAIN = "train"
-LATE_S = 60.0  # so long before its nominal end Slurm may already have begun to end a job for its time limit
 _SIGNALS = {"Killed": 137, "Terminated": 143, "Aborted": 134, "Segmentation fault": 139, "Bus error": 135,
             "Floating point exception": 136, "Interrupt": 130}  # fmt: skip
 _EXIT = re.compile(r"srun: error: (\S+?): tasks? ([0-9,-]+): (?:Exited with exit code (\d+)|(.+))")
@@ -120,6 +119,13 @@ def is_preempted(shown):
     """Whether `scontrol show job` tells of a preemption under way: PreemptTime is set while the grace time runs."""
     match = re.search(r"\bPreemptTime=(\S+)", shown)
     return bool(match) and match.group(1) not in ("None", "Unknown", "N/A")  # type: ignore[union-attr]
+
+
+def is_ending(shown):
+    # type: (str) -> bool
+    """Whether Slurm is ending the job already; this shell's signal may come a moment after the step has ended."""
+    match = re.search(r"\bJobState=([A-Z_]+)", shown)
+    return bool(match) and match.group(1) not in ("RUNNING", "SUSPENDED", "STOPPED", "RESIZING")  # type: ignore
 
 
 def cause_of(run, job, restart):
@@ -226,7 +232,6 @@ def _parser():
         parser.add_argument("--" + name, type=int, required=True)
     parser.add_argument("--chain-left", type=int, default=None)
     parser.add_argument("--told", default="")
-    parser.add_argument("--job-end", type=float, default=0.0)
     parser.add_argument("--srun", default="")
     return parser
 
@@ -238,14 +243,14 @@ def main(arguments, shown, now):
     path = os.path.join(given.run, "slurm", "ends", given.job + ".jsonl")
     ends, progress = history(path), progress_of(given.run, given.stage)
     preempted = is_preempted(shown)
-    told = bool(given.told.split())
+    told = bool(given.told.split()) or is_ending(shown)
     excluded = [node for end in ends for node in end.get("nodes", [])]
     facts = Facts(
         stage=given.stage,
         code=given.code,
         cause=cause_of(given.run, given.job, given.restart) if given.stage == TRAIN else None,
         told=told,
-        over_time=told and 0 < given.job_end <= now + LATE_S and not preempted,
+        over_time=bool(re.search(r"\bReason=TimeLimit\b", shown)),
         preempted=preempted,
         restarts=given.restart,
         limit=given.limit,

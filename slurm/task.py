@@ -11,9 +11,10 @@ import signal
 from dataclasses import dataclass
 from types import FrameType
 
-from hpc_gen.runtime import env
-from hpc_gen.runtime.errors import ExitCode
+from hpc_gen.runtime import clock, commit, env
+from hpc_gen.runtime.errors import ExitCode, HpcGenError
 from hpc_gen.runtime.fence import Job
+from hpc_gen.runtime.run_folder import RunFolder
 
 TRAIN = "train"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -35,20 +36,39 @@ def _leave_at_once() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCONT, *SIGNALS})
 
 
+def _is_healthy(run: RunFolder, job: Job, gpus: int) -> bool:
+    """Look at this node (slurm/probe.py); what is wrong goes to slurm/ill/JOB.RESTART.HOST, by which it is excluded."""
+    from slurm.probe import probe
+
+    begun = clock.monotonic()
+    wrong = probe(run, gpus)
+    print(f"hpc-gen: {'; '.join(wrong) or 'this node is well'} ({clock.monotonic() - begun:.1f} s)", flush=True)
+    if wrong:
+        host = env.get("SLURMD_NODENAME") or os.uname().nodename
+        try:
+            commit.write_text(run.path / "slurm" / "ill" / f"{job.job_id}.{job.restart_count}.{host}", "\n".join(wrong))
+        except (OSError, HpcGenError) as error:
+            print(f"hpc-gen: this cannot be written down, so the node is not excluded: {error}", flush=True)
+    return not wrong
+
+
 @dataclass(frozen=True)
 class StageTask:
-    """`stage` of the run in `run_path`; task `task` of `num_tasks` where the stage is made of units."""
+    """`stage` of the run in `run_path`; task `task` of `num_tasks` where the stage is made of units.
+
+    `gpus`: how many the process must see.
+    """
 
     run_path: str
     stage: str
     task: int = 0
     num_tasks: int = 1
+    gpus: int = 0
 
     def __call__(self) -> int:
         """Run the stage; leaves the process with the stage's exit code unless that is 0."""
         _leave_at_once()
         from hpc_gen.cli_errors import exit_code_of
-        from hpc_gen.runtime.run_folder import RunFolder
         from hpc_gen.stages import runner
 
         if self.stage == TRAIN:
@@ -63,6 +83,10 @@ class StageTask:
             flush=True,
         )
         run = RunFolder(self.run_path)
+        # the first task of a node looks for all; where GPUs are bound to tasks, each for itself
+        looks = self.gpus == 1 or (env.get("SLURM_LOCALID") or "0") == "0"
+        if looks and not _is_healthy(run, job, self.gpus):
+            raise SystemExit(int(ExitCode.REQUEUE_ELSEWHERE))
         code = exit_code_of(lambda: runner.run_stage(run, self.stage), ["stage", self.run_path, self.stage])
         if code:
             raise SystemExit(code)

@@ -215,12 +215,16 @@ def test_one_retry_for_a_crash_and_another_after_progress(tmp_path: Path) -> Non
 
 
 def test_the_time_limit_of_the_job_is_told_apart_from_scancel(tmp_path: Path) -> None:
-    assert ended(tmp_path, 143, 0, told=" TERM", job_end=1005, now=1000).action == "requeue"
-    assert ended(tmp_path, 143, 0, told=" TERM", job_end=5000, now=1000).action == "end"
-    assert ended(tmp_path, 143, 0, told=" TERM", job_end=0, now=1000).action == "end"
-    # at the end of its grace time Slurm requeues the job by itself, and the end of the job was moved there
-    shown = "EndTime=2026-11-27T07:26:40 PreemptTime=2026-11-27T07:26:30"
-    assert ended(tmp_path, 143, 0, shown, told=" TERM", job_end=1005, now=1000).action == "end"
+    # as Slurm 22.05.8 shows a job that it ends for its time limit, by scancel, and by a requeue of the operator's
+    over = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
+    assert ended(tmp_path, 143, 0, over, told=" TERM").action == "requeue"
+    assert ended(tmp_path, 143, 1, "JobState=COMPLETING Reason=None PreemptTime=None", told=" TERM").action == "end"
+    # the step may have ended before this shell got its signal
+    assert ended(tmp_path, 85, 0, "JobState=COMPLETING Reason=None PreemptTime=None").action == "end"
+    assert ended(tmp_path / "calm", 85, 0, "JobState=RUNNING Reason=None PreemptTime=None").action == "requeue"
+    # at the end of its grace time Slurm requeues the job by itself
+    shown = "JobState=COMPLETING Reason=None PreemptTime=2026-11-27T07:26:30"
+    assert ended(tmp_path, 143, 0, shown, told=" TERM").action == "end"
 
 
 def test_ill_nodes_are_those_of_this_start_and_stay_excluded(tmp_path: Path) -> None:
@@ -295,8 +299,6 @@ def test_as_a_program(tmp_path: Path) -> None:
         "1",
         "--told",
         "",
-        "--job-end",
-        "0",
         "--srun",
         "none",
     ]
