@@ -29,6 +29,7 @@ ONLINE = "online-"  # metrics/online-IMAGES.json: evaluations during training
 # What samplers measure: (title, unit, horizontal axis); others are shown by their names.
 CURVE_TITLES = {
     "inner_energy_change": ("Energy along the inner loop, less its start", "energy", "inner steps"),
+    "network_evaluations": ("network evaluations per image (NFE)", "evaluations", ""),
     "energy_accept_rate": ("inner steps accepted", "share", ""),
 }
 CHART_UNITS = {"learning_rate": ("Learning rate", "per step"), "grad_norm": ("Gradient norm", "L2 norm")}

@@ -1,20 +1,24 @@
-"""Statistics of a table of images for the Frechet distance: `hpc-gen metrics stats`."""
+"""Statistics of a set of images for the Frechet distance: `hpc-gen metrics stats`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from hpc_gen.metrics import extractors, statistics, suite
-from hpc_gen.metrics.extractors import NetworkExtractor
+from hpc_gen.data.image_files import EXTENSIONS
+from hpc_gen.data.index import INDEX_NAME
+from hpc_gen.metrics import statistics, suite
+from hpc_gen.metrics.extractors import joined
 from hpc_gen.metrics.moments import Moments
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.progress import Progress
+from hpc_gen.sampling.plan import PLAN_NAME
 from hpc_gen.stages.device import task_device
-from hpc_gen.stages.reference import PIXELS, open_images
+from hpc_gen.stages.networks import extractor_spec
+from hpc_gen.stages.reference import ReferenceImages, file_images, open_images
 from hpc_gen.training.precision import set_determinism
 
 BLOCK_BATCHES = 8  # batches whose features are added to the moments at once
@@ -22,7 +26,10 @@ BLOCK_BATCHES = 8  # batches whose features are added to the moments at once
 
 @dataclass(frozen=True)
 class StatisticsJob:
-    """What is asked for; `rows` None: all. Paths are relative to the workspace, but for `output`."""
+    """What is asked for; `rows` None: all. Paths are relative to the workspace, but for `output`.
+
+    `table`: a table of pixels, a folder of images or an .npz with arr_0; `spatial`: those of sFID, too.
+    """
 
     table: str
     output: Path
@@ -32,46 +39,66 @@ class StatisticsJob:
     rows: int | None = None
     batch: int = 32
     threads: int = 1
+    spatial: bool = False
 
 
 def make_statistics(job: StatisticsJob, workspace: Path, say: Callable[[str], None]) -> Path:
-    """Mean and covariance of our features of a table's images, in one pass; writes `job.output`.
+    """Mean and covariance of our features of a set of images, in one pass; writes `job.output`.
 
     The file says how it was made: extractor and its weights, table, rows, batch. Raises UserError or DataError before
     any feature is computed, and DataError for features that are not finite.
     """
     if job.output.suffix != ".npz":
         raise UserError(f"the file of statistics {job.output} does not end in .npz; name one that does")
-    spec = extractors.spec(job.extractor, job.weights, job.sha256, workspace)
-    images = open_images(workspace, job.table, job.rows, "metrics stats")
+    spec = extractor_spec(job.extractor, job.weights, job.sha256, workspace)
+    images = _source(workspace, job)
     if images.rows < 2:
         raise UserError(f"{job.table} has {images.rows} images; a covariance needs at least 2")
     set_determinism(True, job.threads)
-    network = spec.build()
-    if isinstance(network, NetworkExtractor):
-        network.to(task_device(0))
-    progress, total = Progress(images.rows, "statistics", "images"), None
+    network = spec.built(task_device(0), spatial=job.spatial)
+    progress = Progress(images.rows, "statistics", "images")
+    total: Moments | None = None
+    spatial: Moments | None = None
     block = job.batch * BLOCK_BATCHES
     for start in range(0, images.rows, block):
         rows = range(start, min(start + block, images.rows))
         pixels = images.read(rows)
-        features = torch.cat([network(part).features for part in pixels.split(job.batch)])
-        part = Moments.of(features, [images.name(row) for row in rows])
-        total = part if total is None else total.merged(part)
+        found = joined([network(part) for part in pixels.split(job.batch)])
+        names = [images.name(row) for row in rows]
+        total = _added(total, found.features, names)
+        if found.spatial is not None:
+            spatial = _added(spatial, found.spatial, names)
         progress.update(rows.stop)
     progress.close()
     assert total is not None, "a table has rows"
-    shape = images.table.index.columns[PIXELS].shape
     provenance = {
         "extractor": dict(spec.description),
-        "table": images.table.identity,
-        "rows": images.rows,
-        "image_shape": [3, *shape[1:]],
+        **images.facts(),
+        "image_shape": list(images.shape),
         "batch": job.batch,
         "threads": job.threads,
         "device": task_device(0).type,
         "versions": suite.versions(),
     }
-    sha256 = statistics.write(job.output, total, provenance)
-    say(f"{job.output}: mean and covariance of {images.rows} images, {len(total.mean)} features, SHA-256 {sha256}")
+    sha256 = statistics.write(job.output, total, provenance, spatial)
+    lengths = f"{len(total.mean)} features" + (f" and {len(spatial.mean)} spatial ones" if spatial is not None else "")
+    say(f"{job.output}: mean and covariance of {images.rows} images, {lengths}, SHA-256 {sha256}")
     return job.output
+
+
+def _source(workspace: Path, job: StatisticsJob) -> ReferenceImages:
+    """A table where the folder is one, else a folder of images or an .npz."""
+    path = workspace / job.table
+    loose = (
+        path.is_dir()
+        and not (path / INDEX_NAME).exists()
+        and any(file.suffix.lower() in EXTENSIONS for file in path.rglob("*"))
+    )
+    if path.is_file() or loose or (path / PLAN_NAME).exists():
+        return file_images(path, job.rows, "metrics stats")
+    return open_images(workspace, job.table, job.rows, "metrics stats")
+
+
+def _added(total: Moments | None, features: Tensor, names: Sequence[str]) -> Moments:
+    part = Moments.of(features, names)
+    return part if total is None else total.merged(part)

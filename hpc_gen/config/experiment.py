@@ -24,6 +24,8 @@ from hpc_gen.config.daily import InitFromConfig, NotifyConfig
 from hpc_gen.config.data import SourceKeys
 from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
+from hpc_gen.config.evaluate import EvaluateConfig, ExtractorConfig, ReferenceConfig
+from hpc_gen.config.sample import SampleConfig, Seed
 from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.config.train import (
     EmaConfig,
@@ -61,7 +63,6 @@ __all__ = [
     "ValidateConfig",
 ]
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 BUILT_IN_STAGES = ("encode", "train", "sample", "evaluate", "report")
@@ -122,123 +123,6 @@ class EncodeConfig(SourceKeys):
                 "encode.also",
                 f"'encode.also' does not go with 'encode.format' = '{self.format}', whose files hold moments alone; "
                 "use ptshard",
-            )
-        return self
-
-
-class SampleConfig(Section):
-    """The sample stage: images 0 .. num_images - 1, each defined by its id, the seed and the settings."""
-
-    num_images: PositiveInt
-    """Images to draw."""
-    block_images: PositiveInt = 64
-    """Images of one block, the unit of this stage; a block is always computed whole."""
-    batch: PositiveInt = 64
-    """Images per batch inside a block; changes last bits, so it belongs to the identity."""
-    ema: KeyName | None = "main"
-    """Which average of the weights to use; null = the weights themselves."""
-    checkpoint: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
-    """Which checkpoint, in images seen, or 'latest'."""
-    classes: Literal["balanced", "sorted", "uniform"] = "balanced"
-    """Class of image i: balanced = i modulo classes, sorted = equal runs in order, uniform = drawn at random."""
-    seed: Seed = 0
-    """Seed of the samples, apart from that of training."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Sampler settings, typed by the method."""
-    tag: FolderName = "main"
-    """Name of this set of samples in the run folder."""
-    threads: PositiveInt = 1
-    """CPU threads per task; belongs to the identity."""
-    tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
-    """Processes that share the units."""
-
-    @model_validator(mode="after")
-    def _batch_fits_the_block(self) -> SampleConfig:
-        if self.batch > self.block_images:
-            raise KeyProblem(
-                "sample.batch",
-                f"'sample.batch' = {self.batch} is larger than 'sample.block_images' = {self.block_images}; "
-                "a batch lies inside one block",
-            )
-        return self
-
-
-class ExtractorConfig(Section):
-    """The network whose features the metrics compare."""
-
-    name: str = "inception"
-    """inception, inception-trunk (no logits) or random-conv (tests)."""
-    weights: str | None = Field(default=None, json_schema_extra=OPERATION)
-    """File of the weights; null = where `hpc-gen weights fetch` puts them."""
-    sha256: Sha256 | None = None
-    """Expected SHA-256 of that file; null = the one pinned for this extractor."""
-
-
-class ReferenceConfig(Section):
-    """The real images to compare with: a table, stored statistics (mean and covariance of features), or both."""
-
-    table: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """Folder of a table with pixels, relative to the workspace; null = statistics alone: no kid, no prc."""
-    rows: PositiveInt | None = None
-    """Use the first rows of the table only; null = all."""
-    statistics: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
-    """File .npz with mu [D] and sigma [D, D] for the Frechet distance, relative to the workspace; null = the table."""
-    statistics_sha256: Sha256 | None = None
-    """Expected SHA-256 of that file; null = any (what was used stands in the results)."""
-
-    @model_validator(mode="after")
-    def _something_to_compare_with(self) -> ReferenceConfig:
-        if self.table is None and self.statistics is None:
-            raise KeyProblem(
-                "evaluate.reference",
-                "'evaluate.reference' names neither 'table' nor 'statistics'; give a table of pixels or an .npz file",
-            )
-        if self.table is None and self.rows is not None:
-            raise KeyProblem("evaluate.reference.rows", "'evaluate.reference.rows' needs 'evaluate.reference.table'")
-        if self.statistics is None and self.statistics_sha256 is not None:
-            raise KeyProblem(
-                "evaluate.reference.statistics_sha256",
-                "'evaluate.reference.statistics_sha256' needs 'evaluate.reference.statistics'",
-            )
-        return self
-
-
-class EvaluateConfig(Section):
-    """The evaluate stage: features of samples and reference, then the metrics."""
-
-    metrics: Annotated[list[Literal["fid", "kid", "prc", "isc"]], Field(min_length=1)] = ["fid", "kid", "prc"]
-    """Frechet distance, kernel distance, precision and recall, inception score."""
-    extractor: ExtractorConfig = ExtractorConfig()
-    reference: ReferenceConfig
-    batch: PositiveInt = 32
-    """Images per forward pass of the extractor; changes last bits, so it belongs to the identity."""
-    block_images: PositiveInt = 256
-    """Images of one block of features, the unit of this stage."""
-    kid_subset_size: Annotated[int, Field(ge=2)] = 1000
-    """Images of one random subset of the kernel distance."""
-    tag: FolderName = "main"
-    """Which set of samples; also the name of the result, metrics/TAG.json."""
-    threads: PositiveInt = 1
-    """CPU threads per task; belongs to the identity."""
-    tasks: PositiveInt = Field(default=1, json_schema_extra=OPERATION)
-    """Processes that share the units."""
-
-    @field_validator("metrics")
-    @classmethod
-    def _each_once(cls, metrics: list[str]) -> list[str]:
-        twice = sorted({name for name in metrics if metrics.count(name) > 1})
-        if twice:
-            raise KeyProblem("evaluate.metrics", f"'evaluate.metrics' names {', '.join(twice)} twice; name each once")
-        return metrics
-
-    @model_validator(mode="after")
-    def _subset_fits_the_reference(self) -> EvaluateConfig:
-        rows = self.reference.rows
-        if "kid" in self.metrics and rows is not None and self.kid_subset_size > rows:
-            raise KeyProblem(
-                "evaluate.kid_subset_size",
-                f"'evaluate.kid_subset_size' = {self.kid_subset_size} exceeds 'evaluate.reference.rows' = {rows}; "
-                "lower the first",
             )
         return self
 

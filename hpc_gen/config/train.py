@@ -118,6 +118,8 @@ class OnlineEvaluationConfig(Section):
     """Which average of the weights; null = the weights themselves; absent = the first of `train.ema`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sampler settings, typed by the method."""
+    budget_s: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra=OPERATION)
+    """Seconds after which an evaluation is given up, told, and training goes on; null = it takes what it takes."""
 
     @model_validator(mode="after")
     def _happens(self) -> OnlineEvaluationConfig:

@@ -1,4 +1,4 @@
-"""The only door to torch-fidelity: its Inception network and its metric functions on features.
+"""The only door to torch-fidelity: its feature networks, filled from our own readers of weights.
 
 torch-fidelity imports torchvision, whose registry build is for CUDA: beside CPU torch its extension does not load and
 the import dies on "operator torchvision::nms does not exist". Declaring the two missing schemas before the first import
@@ -28,6 +28,7 @@ _SCHEMAS = (
 _declared: torch.library.Library | None = None  # an operator lives as long as the library object that declared it
 
 FEATURE_LAYER = "2048"
+SPATIAL_LAYER = "Mixed_6d.branch1x1"  # mixed_6/conv of TensorFlow's graph, after its ReLU: ADM's layer of sFID
 LOGIT_LAYER = "logits_unbiased"  # the layer of the inception score: logits without the bias, as in the original code
 
 
@@ -138,25 +139,48 @@ def convolution_shapes() -> dict[str, tuple[int, ...]]:
     return {name: tuple(part.conv.weight.shape) for name, part in network.named_modules() if isinstance(part, block)}
 
 
-def kernel_distance(
-    features: Tensor, reference: Tensor, subsets: int, subset_size: int, seed: int
-) -> tuple[float, float]:
-    """torch-fidelity's KID (polynomial kernel, degree 3): mean and standard deviation over random subsets."""
-    found = _module("metric_kid").kid_features_to_metric(
-        features, reference, kid_subsets=subsets, kid_subset_size=subset_size, rng_seed=seed, verbose=False
-    )
-    return float(found["kernel_inception_distance_mean"]), float(found["kernel_inception_distance_std"])
+def clip(name: str, state: Mapping[str, Tensor]) -> nn.Module:
+    """torch-fidelity's CLIP image tower `name` with the given weights (OpenAI's keys), in eval mode, float32.
+
+    forward: uint8 [N, 3, H, W] -> (embeddings float32 [N, D],); it resizes bilinearly as TensorFlow 1 does. Numbers are
+    rounded to half precision as in the published files. Raises UserError when the weights do not fit.
+    """
+    module = _module("feature_extractor_clip")
+    network = _bare(module.FeatureExtractorCLIP, name, "clip")
+    try:
+        network.model = module.build_model(dict(state), torch.float32)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the weights do not fit the image tower of {name} ({reason}); give OpenAI's file") from error
+    network.resolution = network.model.visual.input_resolution
+    network.requires_grad_(False)
+    return network.eval()
 
 
-def precision_recall(features: Tensor, reference: Tensor, neighborhood: int) -> tuple[float, float]:
-    """torch-fidelity's precision and recall of generated `features` against `reference`."""
-    found = _module("metric_prc").prc_features_to_metric(
-        features, reference, prc_neighborhood=neighborhood, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
-    )
-    return float(found["precision"]), float(found["recall"])
+def dinov2(name: str, model: nn.Module) -> nn.Module:
+    """torch-fidelity's DINOv2 extractor around a network that maps normalised images to class tokens; eval, float32.
+
+    Its own constructor can only download code and weights. forward: uint8 [N, 3, H, W] -> (float32 [N, D],).
+    """
+    network = _bare(_module("feature_extractor_dinov2").FeatureExtractorDinoV2, name, "dinov2")
+    network.model = model
+    network.requires_grad_(False)
+    return network.eval()
 
 
-def inception_score(logits: Tensor, splits: int, seed: int) -> tuple[float, float]:
-    """torch-fidelity's inception score: mean and standard deviation over splits of the shuffled images."""
-    found = _module("metric_isc").isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=seed)
-    return float(found["inception_score_mean"]), float(found["inception_score_std"])
+def names_of(family: str) -> tuple[str, ...]:
+    """Names of the networks of a family ("clip", "dinov2") that torch-fidelity knows."""
+    return tuple(_module(f"feature_extractor_{family}").MODEL_METADATA)
+
+
+def clip_sha256(name: str) -> str:
+    """SHA-256 of OpenAI's published file of a CLIP network."""
+    return str(_module("feature_extractor_clip").MODEL_METADATA[name]["hash"])
+
+
+def _bare(kind: type[nn.Module], name: str, layer: str) -> Any:
+    """An extractor before its weights, its own constructor left out: that would load or download them."""
+    network: Any = kind.__new__(kind)
+    _module("feature_extractor_base").FeatureExtractorBase.__init__(network, name, [layer])
+    network.feature_extractor_internal_dtype = torch.float32
+    return network

@@ -32,13 +32,18 @@ class Gaussian(Protocol):
         ...
 
 
+def root_of(covariance: Tensor) -> Tensor:
+    """R [D, r] with covariance = R R^T, r being the rank of the symmetric positive semi-definite float64 [D, D]."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    kept = values > values.max().clamp_min(0.0) * len(values) * _EPSILON
+    return vectors[:, kept] * values[kept].sqrt()
+
+
 def trace_of_root(first: Tensor, second: Tensor) -> float:
     """tr((first second)^(1/2)) for symmetric positive semi-definite float64 [D, D] matrices."""
-    values, vectors = torch.linalg.eigh((first + first.T) / 2)
-    kept = values > values.max().clamp_min(0.0) * len(values) * _EPSILON
-    if not bool(kept.any()):
+    root = root_of(first)
+    if not root.shape[1]:
         return 0.0
-    root = vectors[:, kept] * values[kept].sqrt()
     inner = root.T @ second @ root
     eigenvalues = torch.linalg.eigvalsh((inner + inner.T) / 2)
     return float(eigenvalues.clamp_min(0.0).sqrt().sum())

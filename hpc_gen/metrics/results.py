@@ -22,7 +22,10 @@ FORMAT = "hpc-gen-metrics-1"
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """One number. `value` is None when it could not be had, and `note` says why; `std` None = no spread known."""
+    """One number. `value` is None when it could not be had, and `note` says why; `std` None = no spread known.
+
+    `spread` says what `std` is (a jackknife error, a deviation over subsets); it is no part of the comparison.
+    """
 
     name: str
     value: float | None
@@ -30,6 +33,7 @@ class MetricRecord:
     note: str | None = None
     measure: Mapping[str, Any] = field(default_factory=dict)
     subject: Mapping[str, Any] = field(default_factory=dict)
+    spread: str | None = None
 
     def __post_init__(self) -> None:
         for number in (self.value, self.std):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,17 @@ from hpc_gen.runtime import commit, torch_files
 from hpc_gen.runtime.errors import DataError, UserError, nearest
 from hpc_gen.runtime.pickle_values import Inert
 
-__all__ = ["Inert", "metadata_of", "read_nested", "read_tensors", "select", "state_dicts", "write_tensors"]
+__all__ = [
+    "Inert",
+    "is_program",
+    "metadata_of",
+    "read_nested",
+    "read_program_tensors",
+    "read_tensors",
+    "select",
+    "state_dicts",
+    "write_tensors",
+]
 
 # names of the format's specification; torch.float32 -> "F32"
 _NAMES: dict[torch.dtype, str] = {
@@ -65,6 +76,41 @@ def read_tensors(path: str | Path, *, sha256: str | None = None, key: str | None
     when there are several or none.
     """
     return select(path, read_nested(path, sha256), key)
+
+
+def read_program_tensors(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers of a TorchScript archive by their dotted names, without running or compiling it.
+
+    OpenAI publishes CLIP in this form. Raises as read_nested, and DataError for another kind of file.
+    """
+    file = Path(path)
+    if _kind(file, sha256) != "zip":
+        raise DataError(f"{file} is no TorchScript archive; give the file as it was published")
+    with _one_sentence(file):
+        found = dict(_tensors_below(torch_files.read_zip(file, program=True), ""))
+    if not found:
+        raise DataError(f"{file} is a TorchScript archive without any tensor; give a file of weights")
+    return found
+
+
+def _tensors_below(part: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a module of a program and of its parts; attributes that are neither are left out."""
+    if not isinstance(part, Inert) or not isinstance(part.state, Mapping):
+        return
+    for name, value in part.state.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _tensors_below(value, f"{prefix}{name}.")
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether a file is a TorchScript archive; False also where there is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def select(path: str | Path, nested: Any, key: str | None = None) -> dict[str, Tensor]:

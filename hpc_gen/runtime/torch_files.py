@@ -74,12 +74,18 @@ class _StorageId:
     nbytes: int
 
 
-def read_zip(path: Path) -> Any:
-    """The object in a file of torch.save. Raises DataError, also where the file is damaged or asks for more."""
+def read_zip(path: Path, program: bool = False) -> Any:
+    """The object in a file of torch.save. Raises DataError, also where the file is damaged or asks for more.
+
+    With `program` the file must be a TorchScript archive: its modules come as Inerts whose `state` holds their tensors
+    and parts by name; the code in it is not looked at.
+    """
     with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-        members = _members(path, archive)
+        members = _members(path, archive, program)
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    if "constants.pkl" in members:
+    if program and "constants.pkl" not in members:
+        raise DataError(f"{path} is no TorchScript archive; give the file as it was published")
+    if "constants.pkl" in members and not program:
         raise DataError(f"{path} is a TorchScript program, not weights; export its state dict with torch.save")
     if "data.pkl" not in members:
         raise DataError(f"{path} is a zip file without data.pkl, so torch.save did not write it; give a weights file")
@@ -140,8 +146,8 @@ def begins_legacy(head: bytes) -> bool:
     return LEGACY_MAGIC.to_bytes(10, "little") in head[:16]
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Members by name below the archive's one top folder."""
+def _members(path: Path, archive: zipfile.ZipFile, program: bool) -> dict[str, zipfile.ZipInfo]:
+    """Members by name below the archive's one top folder; the code of a program, which is compressed, is not read."""
     found: dict[str, zipfile.ZipInfo] = {}
     tops = set()
     for member in archive.infolist():
@@ -149,6 +155,8 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         tops.add(top)
         if name in found or len(tops) > 1:
             raise DataError(f"{path} has two top folders or a member twice, so torch.save did not write it")
+        if program and name.startswith("code/"):
+            continue
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise DataError(f"{path} is compressed or encrypted; unpack it and save it again with torch.save")
         found[name] = member

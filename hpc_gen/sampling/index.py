@@ -82,6 +82,7 @@ class SampleIndex:
     blocks: tuple[BlockFacts, ...]
     sha256: str  # of index.json: names this very set of images
     curves: Mapping[str, Curve] = field(default_factory=dict)  # what the sampler measured, over all images
+    has_images: bool = True  # False: features only were kept (sample.output)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -101,8 +102,11 @@ class SampleIndex:
     def read(self, ids: Sequence[int]) -> Tensor:
         """Images uint8 [N, 3, H, W] of consecutive ids, each block checked against its hash.
 
-        Raises DataError for a file that is missing, truncated or not the one that was sampled.
+        Raises DataError for a file that is missing, truncated or not the one that was sampled, UserError where no
+        images were kept.
         """
+        if not self.has_images:
+            raise UserError(f"{self.folder} holds features only (sample.output = features); sample with output=png")
         parts = []
         for block in self.blocks:
             wanted = range(max(block.first_id, ids[0]), min(block.first_id + block.count, ids[-1] + 1))
@@ -122,7 +126,7 @@ def read_block(folder: Path, block: BlockFacts) -> Tensor:
     return torch.stack(images)
 
 
-def write_index(folder: Path, plan: SamplePlan) -> None:
+def write_index(folder: Path, plan: SamplePlan, has_images: bool = True) -> None:
     """Write `index.json` from the blocks' own files; call it when all blocks are committed.
 
     Raises DataError when a block is missing, belongs to another plan or has images of another size.
@@ -154,6 +158,8 @@ def write_index(folder: Path, plan: SamplePlan) -> None:
     }
     if curves:
         document["curves"] = _curves_json(curves)
+    if not has_images:
+        document["has_images"] = False
     commit.write_json(folder / INDEX_NAME, document)
 
 
@@ -180,4 +186,5 @@ def read_index(folder: Path) -> SampleIndex:
         curves = _curves(document)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not a sample index ({error}); remove {folder} and sample again") from error
-    return SampleIndex(folder, plan, blocks, commit.sha256_file(path), curves)
+    has_images = bool(document.get("has_images", True))
+    return SampleIndex(folder, plan, blocks, commit.sha256_file(path), curves, has_images)

@@ -21,12 +21,17 @@ from hpc_gen.data.table import Table
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.randomness import Draw, Integers, Stream
+from hpc_gen.sampling.class_file import classes_sha256
 
 FORMAT = "hpc-gen-sample-plan-1"
 PLAN_NAME = "plan.json"
+CLASSES_NAME = "classes.json"  # of a plan whose classes came from a file: the list itself
 LABEL_PURPOSE = "sample/labels"
 
-ClassPlan = Literal["balanced", "sorted", "uniform"]
+ClassPlan = Literal["balanced", "sorted", "uniform", "file"]
+
+
+_NO_FIELDS = ("table", "listed")  # what the plan is given beside its defining fields
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class SamplePlan:
 
     `checkpoint_images_seen` and `checkpoint_manifest_sha256` name the weights, `ema` the average (None = raw weights),
     `method_hash` the method's config, `table_identity` the rows a method may be conditioned on (None = no table).
-    `device` is a kind ("cpu", "cuda"): the last bits depend on it, on the number of devices they do not.
+    `device` is a kind ("cpu", "cuda"): the last bits depend on it, on the number of devices they do not. `listed` is
+    the class of each image where these came from a file; its hash `classes_sha256` stands for it in the plan.
     """
 
     run_identity: str
@@ -62,9 +68,12 @@ class SamplePlan:
     settings: Mapping[str, Any]
     table_identity: str | None = None
     table: Table | None = field(default=None, compare=False, repr=False)
+    classes_sha256: str | None = None
+    listed: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.classes == "uniform" or self.num_classes == 0:
+        assert (self.classes == "file") == (self.classes_sha256 is not None), "a list of classes has a hash"
+        if self.classes in ("uniform", "file") or self.num_classes == 0:
             return
         if self.num_images % self.num_classes:
             below = self.num_images - self.num_images % self.num_classes
@@ -76,8 +85,15 @@ class SamplePlan:
 
     def to_json(self) -> dict[str, Any]:
         """All defining fields, JSON-ready."""
-        facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "table"}
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NO_FIELDS}
+        if self.classes_sha256 is None:
+            del facts["classes_sha256"]  # plans without keep their hash
         return {"format": FORMAT, **facts, "settings": dict(self.settings)}
+
+    @property
+    def class_plan(self) -> str:
+        """The class plan in a word or two; lists are told apart by their hash."""
+        return self.classes if self.classes_sha256 is None else f"file {self.classes_sha256}"
 
     @property
     def hash(self) -> str:
@@ -98,6 +114,9 @@ class SamplePlan:
         ids = ids.to(torch.int64)
         if self.num_classes == 0:
             return torch.zeros_like(ids)
+        if self.classes == "file":
+            assert self.listed is not None, "the list of classes was not read"
+            return torch.tensor(self.listed, dtype=torch.int64)[ids % len(self.listed)]
         if self.classes == "balanced":
             return ids % self.num_classes
         if self.classes == "sorted":
@@ -124,6 +143,8 @@ class SamplePlan:
             self._check_same(path)
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if self.listed is not None:
+            commit.write_json(folder / CLASSES_NAME, list(self.listed))
         commit.write_json(path, {**self.to_json(), "hash": self.hash})
 
     def _check_same(self, path: Path) -> None:
@@ -139,12 +160,16 @@ class SamplePlan:
         )
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """The plan of a JSON object. Raises KeyError, TypeError or ValueError when it is not one."""
+    def from_json(cls, document: Mapping[str, Any], listed: tuple[int, ...] | None = None) -> Self:
+        """The plan of a JSON object and its list of classes. Raises KeyError, TypeError or ValueError when it is not
+        one."""
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']!r}, not {FORMAT!r}")
-        names = [name for name in cls.__dataclass_fields__ if name != "table"]
-        plan = cls(**{name: document[name] for name in names})
+        names = [name for name in cls.__dataclass_fields__ if name not in _NO_FIELDS]
+        given = {name: document[name] for name in names if name != "classes_sha256"}
+        plan = cls(**given, classes_sha256=document.get("classes_sha256"), listed=listed)
+        if listed is not None and classes_sha256(listed) != plan.classes_sha256:
+            raise ValueError("its list of classes is another one")
         if document.get("hash", plan.hash) != plan.hash:
             raise ValueError("its hash does not fit its fields")
         return plan
@@ -160,8 +185,11 @@ def read_plan(folder: Path) -> SamplePlan:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a sampling plan ({error}); remove the folder and sample again") from error
     try:
-        return SamplePlan.from_json(document)
-    except (KeyError, TypeError, ValueError) as error:
+        listed = None
+        if document.get("classes_sha256") is not None:
+            listed = tuple(int(label) for label in json.loads((folder / CLASSES_NAME).read_text()))
+        return SamplePlan.from_json(document, listed)
+    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not a sampling plan ({error!r}); remove the folder and sample again") from error
 
 

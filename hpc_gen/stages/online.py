@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from hpc_gen.config.experiment import EvaluateConfig, OnlineEvaluationConfig
 from hpc_gen.methods.protocol import Curve
 from hpc_gen.metrics import extractors, suite
-from hpc_gen.metrics.extractors import Extractor, Features, NetworkExtractor
+from hpc_gen.metrics.extractors import Extractor, Features, NetworkExtractor, joined
 from hpc_gen.metrics.moments import check_finite
 from hpc_gen.metrics.results import MetricFile
 from hpc_gen.runtime import clock, commit
@@ -37,6 +38,7 @@ from hpc_gen.stages.reference import OpenedReference, check_image_size, open_ref
 from hpc_gen.stages.surroundings import Surroundings, measured, scalars
 
 IN_TRAINING = "in training"  # stands where a plan names the manifest of its checkpoint: these weights are not saved yet
+NOT_IN_TRAINING = ("sfid", "clip_fid", "fd_dinov2")  # other layers and networks: the evaluate stage has them
 POLL_S = 0.2  # how often rank 0 looks at the stop token while it computes metrics
 
 _Result = TypeVar("_Result")
@@ -50,11 +52,18 @@ class OnlineEvaluation:
         offline = around.experiment.evaluate
         assert offline is not None, "an experiment with train.evaluate has a section evaluate"
         self._around, self._config, self._offline = around, config, offline
+        self._metrics = [name for name in offline.metrics if name not in NOT_IN_TRAINING]
+        if not self._metrics:
+            raise UserError(
+                f"train.evaluate has nothing to measure: {', '.join(offline.metrics)} are for the evaluate stage; name "
+                "fid, kid, prc or isc in evaluate.metrics"
+            )
+        self._deadline: float | None = None
         chosen = offline.extractor
         self._spec = extractors.spec(chosen.name, chosen.weights, chosen.sha256, around.workspace)
         self._opened: OpenedReference = open_reference(offline, around.workspace, self._spec, None)
         num_reference = self._opened.images.rows if self._opened.images is not None else None
-        suite.check_counts(offline.metrics, config.num_images, num_reference, offline.kid_subset_size)
+        suite.check_counts(self._metrics, config.num_images, num_reference, offline.kid_subset_size)
         num_classes = around.table.index.num_classes
         if config.classes != "uniform" and num_classes and config.num_images % num_classes:
             raise UserError(
@@ -71,6 +80,7 @@ class OnlineEvaluation:
         """Evaluate the current weights; the same values on every rank. Raises StopRequested on all ranks at once."""
         job = self._around.job
         begun = clock.monotonic()
+        self._deadline = begun + self._config.budget_s if self._config.budget_s is not None else None
         network = self._ready_network()
         try:
             self._prepare_reference(network)
@@ -80,7 +90,7 @@ class OnlineEvaluation:
             if isinstance(network, NetworkExtractor):
                 network.to(torch.device("cpu"))  # between evaluations the GPU is the training's
         found: list[suite.Number] = []
-        with self._around.shared() as poll:
+        with self._shared() as poll:
             if job.ranks.is_main:
                 found = in_background(lambda: self._numbers(features, logits), poll)
                 self._write(images_seen, plan, found, shape)
@@ -92,6 +102,20 @@ class OnlineEvaluation:
         text = ", ".join(f"{name.removeprefix('evaluate/')} {value:.4g}" for name, value in values.items())
         job.say(f"evaluation at {images_seen} images: {text or 'no metric available'} ({seconds:.0f} s)")
         return {**values, **curves}
+
+    @contextmanager
+    def _shared(self) -> Iterator[Poll]:
+        """A stretch of work of all ranks that ends on all of them when the budget of any is spent (a UserError)."""
+        with self._around.shared() as poll:
+
+            def look() -> None:
+                poll()
+                if self._deadline is not None and clock.monotonic() > self._deadline:
+                    raise UserError(
+                        f"train.evaluate.budget_s = {self._config.budget_s:g} is spent; raise it, or draw fewer images"
+                    )
+
+            yield look
 
     # ---- images and features, on all ranks
 
@@ -127,7 +151,7 @@ class OnlineEvaluation:
         curves: list[dict[str, Curve]] = []
         shape: tuple[int, ...] = ()
         measured(job.method)  # not of this evaluation
-        with job.ema.applied(plan.ema), self._around.shared() as poll, sampling_mode(job.method):
+        with job.ema.applied(plan.ema), self._shared() as poll, sampling_mode(job.method):
             for share in share_of(plan.num_images, plan.batch, ranks.rank, ranks.world_size):
                 ids = torch.tensor(list(share), dtype=torch.int64)
                 draws = Draws(plan.seed, PURPOSE, ids)
@@ -162,7 +186,7 @@ class OnlineEvaluation:
         if ranks.broadcast_object(self._reference is not None):
             return
         batch, mine = self._offline.batch, []
-        with self._around.shared() as poll:
+        with self._shared() as poll:
             for share in share_of(images.rows, batch, ranks.rank, ranks.world_size):
                 poll()
                 rows = [row % images.rows for row in share]
@@ -191,8 +215,7 @@ class OnlineEvaluation:
         assert images is not None
         return _sha256(
             {
-                "table": images.table.identity,
-                "rows": images.rows,
+                **images.facts(),
                 "extractor": dict(self._spec.description),
                 "batch": self._offline.batch,
                 "threads": job.config.threads,
@@ -211,11 +234,12 @@ class OnlineEvaluation:
 
     def _numbers(self, features: Sequence[Tensor], logits: Tensor | None) -> list[suite.Number]:
         config: EvaluateConfig = self._offline
-        return suite.numbers(config.metrics, features, logits, self._reference_set(), config.kid_subset_size)
+        choices = suite.Choices(config.kid_subset_size, config.isc_split_images, errors=False)
+        return suite.numbers(self._metrics, features, logits, self._reference_set(), choices)
 
     def _reference_set(self) -> suite.Reference:
         images = self._opened.images
-        facts = {"table": images.table.identity, "rows": images.rows} if images is not None else {}
+        facts = images.facts() if images is not None else {}
         return suite.Reference(self._reference, self._opened.statistics, facts)
 
     def _write(self, images_seen: int, plan: SamplePlan, found: Sequence[suite.Number], shape: Sequence[int]) -> None:
@@ -243,7 +267,7 @@ class OnlineEvaluation:
             )
             for number in found
         )
-        fingerprint = _sha256([plan.hash, list(self._offline.metrics), self._offline.kid_subset_size])
+        fingerprint = _sha256([plan.hash, list(self._metrics), self._offline.kid_subset_size])
         try:
             MetricFile(tag, fingerprint, records).write(self._around.run.metrics(tag), job.chain.fence)
         except (OSError, UserError) as error:
@@ -290,9 +314,7 @@ def in_background(work: Callable[[], _Result], poll: Poll) -> _Result:
 
 def _look(network: Extractor, images: Tensor, batch: int) -> Features:
     """Features of images, in batches of at most `batch`."""
-    found = [network(part) for part in images.split(batch)]
-    logits = [part.logits for part in found if part.logits is not None]
-    return Features(torch.cat([part.features for part in found]), torch.cat(logits) if logits else None)
+    return joined([network(part) for part in images.split(batch)])
 
 
 def _read_features(path: Path, fingerprint: str) -> Tensor | None:

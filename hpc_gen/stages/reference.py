@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from hpc_gen.config.experiment import EvaluateConfig
+from hpc_gen.data import image_files
+from hpc_gen.data.image_files import ImageSet
 from hpc_gen.data.table import Table
 from hpc_gen.metrics import statistics, suite
 from hpc_gen.metrics.extractors import ExtractorSpec
@@ -20,21 +23,62 @@ from hpc_gen.stages.build import open_table
 PIXELS = "pixels"
 
 
-@dataclass(frozen=True)
-class ReferenceImages:
-    """The first `rows` images of a table of pixels."""
+class TableImages:
+    """The pixels of a table as a set of images."""
 
-    table: Table
-    rows: int
+    def __init__(self, table: Table) -> None:
+        self.table = table
 
-    def read(self, ids: range | Sequence[int]) -> Tensor:
-        """Images uint8 [n, 3, H, W] by row; grey ones become colour ones."""
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.table.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[3, H, W]."""
+        return (3, *self.table.index.columns[PIXELS].shape[1:])
+
+    @property
+    def identity(self) -> str:
+        """Of the table."""
+        return self.table.identity
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Images uint8 [n, 3, H, W]; grey ones become colour ones."""
         pixels = self.table.read(np.asarray(ids, dtype=np.int64), [PIXELS])[PIXELS]
         return pixels.expand(-1, 3, -1, -1).contiguous()
 
     def name(self, row: int) -> str:
         """One image, for messages."""
         return f"row {row} of {self.table.folder}"
+
+
+@dataclass(frozen=True)
+class ReferenceImages:
+    """The first `rows` images of a set; `where` names it in messages."""
+
+    source: ImageSet
+    rows: int
+    where: str
+
+    def read(self, ids: range | Sequence[int]) -> Tensor:
+        """Images uint8 [n, 3, H, W] by row."""
+        return self.source.read(ids)
+
+    def name(self, row: int) -> str:
+        """One image, for messages."""
+        return self.source.name(row)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[3, H, W]."""
+        return self.source.shape
+
+    def facts(self) -> dict[str, Any]:
+        """Which images these are, for records and fingerprints."""
+        kind = "table" if isinstance(self.source, TableImages) else "images"
+        return {kind: self.source.identity, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -62,11 +106,28 @@ def open_reference(
         if image_shape is not None and made_at is not None:
             _check_size(made_at, image_shape, str(path))
     images: ReferenceImages | None = None
-    if named.table is not None and suite.needs_images(config.metrics, stored is not None):
-        images = open_images(workspace, named.table, named.rows, "evaluate.reference")
+    if named.has_images and suite.needs_images(config.metrics, stored is not None):
+        images = reference_images(config, workspace)
         if image_shape is not None:
             check_image_size(images, image_shape)
     return OpenedReference(images, stored)
+
+
+def reference_images(config: EvaluateConfig, workspace: Path) -> ReferenceImages:
+    """The images that `evaluate.reference` names. Raises UserError or DataError."""
+    named = config.reference
+    if named.images is not None:
+        return file_images(workspace / named.images, named.rows, "evaluate.reference")
+    assert named.table is not None, "a reference without images has statistics"
+    return open_images(workspace, named.table, named.rows, "evaluate.reference")
+
+
+def file_images(path: Path, rows: int | None, key: str) -> ReferenceImages:
+    """The first `rows` (None: all) images of a folder or an .npz file; `key` names its section in messages."""
+    found = image_files.open_images(path)
+    if rows is not None and rows > found.rows:
+        raise UserError(f"{key}.rows is {rows}, but {path} has {found.rows} images; lower it")
+    return ReferenceImages(found, rows or found.rows, str(path))
 
 
 def open_images(workspace: Path, path: str, rows: int | None, key: str) -> ReferenceImages:
@@ -80,12 +141,12 @@ def open_images(workspace: Path, path: str, rows: int | None, key: str) -> Refer
         )
     if rows is not None and rows > table.rows:
         raise UserError(f"{key}.rows is {rows}, but {path} has {table.rows} rows; lower it")
-    return ReferenceImages(table, rows or table.rows)
+    return ReferenceImages(TableImages(table), rows or table.rows, str(table.folder))
 
 
 def check_image_size(images: ReferenceImages, image_shape: Sequence[int]) -> None:
     """Raise DataError when the samples [3, H, W] have another size than the images."""
-    _check_size(images.table.index.columns[PIXELS].shape, image_shape, str(images.table.folder))
+    _check_size(images.shape, image_shape, images.where)
 
 
 def _check_size(theirs: Sequence[int], samples: Sequence[int], where: str) -> None:

@@ -70,7 +70,7 @@ def test_metrics_equal_torch_fidelity_on_the_same_images(evaluated):
     kid = fidelity._module("metric_kid").kid_features_to_metric(samples, reference, kid_subset_size=10, verbose=False)
     assert metrics.get("kid").value == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-3)
     assert metrics.get("kid").std == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-3)
-    assert [record.name for record in metrics.records] == ["fid", "kid", "precision", "recall", "isc"]
+    assert [record.name for record in metrics.records] == ["fid", "fid_infinity", "kid", "precision", "recall", "isc"]
 
 
 def test_every_number_says_how_it_was_made(evaluated):
@@ -191,7 +191,7 @@ def test_nan_features_name_the_image(evaluated, monkeypatch):
         found.features[1] = float("nan")
         return found
 
-    monkeypatch.setattr(made, "_ready_network", lambda: broken)
+    monkeypatch.setattr(made.looks[0], "_network", broken)
     with pytest.raises(DataError, match=r"the features of .*units/000000/000001\.png are not finite"):
         made.do(made.units()[0], run.path / "staging", toy_run.no_poll)
     with pytest.raises(DataError, match=r"the features of row 1 of .*tables/train are not finite"):
@@ -231,4 +231,4 @@ def test_without_samples_the_fix_is_named(tmp_path):
 def test_the_file_is_plain_json(evaluated):
     document = json.loads(evaluated[1].metrics("main").read_text())
     assert document["format"] == "hpc-gen-metrics-1"
-    assert {record["name"] for record in document["metrics"]} == {"fid", "kid", "precision", "recall", "isc"}
+    assert {record["name"] for record in document["metrics"]} == {"fid", "fid_infinity", "kid", "precision", "recall", "isc"}

@@ -261,7 +261,7 @@ def test_sets_of_samples_stand_side_by_side(whole):
     cells = re.findall(r"<td[^>]*>(.*?)</td>", part, flags=re.DOTALL)
     words = [re.sub(r"<[^>]*>", " ", cell).split() for cell in cells]
     fid = next(i for i, cell in enumerate(words) if cell[:2] == ["Frechet", "distance"])
-    left, right, difference = (float(cells[fid + i]) for i in (1, 2, 3))
+    left, right, difference = (float(cells[fid + i].split(" ")[0]) for i in (1, 2, 3))
     assert left != right and difference == pytest.approx(right - left, abs=2e-3)
     assert "no difference: &#39;kid&#39; was measured in two ways: settings.subset_size is 8 in one and 10" in part
     assert "no difference: &#39;isc&#39; has no value (not available: extractor has no logits)" in part

@@ -46,11 +46,12 @@ def test_curves_add_up_over_blocks_and_are_shown(tmp_path):
     assert read_index(run.samples("main")).curves == curves
 
 
-def test_a_sampler_that_measures_nothing_leaves_no_trace(tmp_path):
+def test_of_a_sampler_that_measures_nothing_only_its_network_is_counted(tmp_path):
     run, resolved = toy_run.make_run(tmp_path)
     made = sample.worker(toy_run.context(run, resolved, tmp_path, "sample"))
     toy_run.do_units(run, made)
     made.finish()
     index = read_index(run.samples("main"))
-    assert index.curves == {} and "curves" not in (index.folder / "index.json").read_text()
+    assert set(index.curves) == {"network_evaluations"}
+    assert index.curves["network_evaluations"].means() == [2.0]  # two steps, no guidance
     assert "inner loop" not in report.render(run, resolved)
