@@ -18,7 +18,6 @@ from hpc_gen.config.base import (
     NonEmpty,
     PositiveInt,
     Section,
-    Sha256,
 )
 from hpc_gen.config.daily import InitFromConfig, NotifyConfig
 from hpc_gen.config.data import SourceKeys
