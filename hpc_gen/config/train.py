@@ -11,6 +11,7 @@ from hpc_gen.config.base import OPERATION, WHEN_SET, KeyName, PositiveInt, Secti
 from hpc_gen.config.daily import InitFromConfig
 from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
+from hpc_gen.config.observe import ProfileConfig
 from hpc_gen.config.width import check_widths
 
 # `validate` is the right word for the key; pydantic's deprecated class method of that name is never called here.
@@ -191,6 +192,14 @@ class TrainConfig(Section):
     """Seconds before the limit at which the attempt saves and stops."""
     stop_at_images: PositiveInt | None = Field(default=None, json_schema_extra=OPERATION)
     """End the stage early, as done, at this many images; a multiple of the global batch."""
+    spans: Literal["off", "interval", "each"] = Field(default="interval", json_schema_extra=OPERATION)
+    """Where the time of each rank goes: sums per log interval, or each stretch of work with its begin."""
+    collective_timeout_s: Annotated[float, Field(ge=1.0)] = Field(default=600.0, json_schema_extra=OPERATION)
+    """Seconds that ranks wait for one that does not come, before they name it and end."""
+    profile: ProfileConfig | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """Steps to record with torch's profiler; null = none."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = Field(default=None, json_schema_extra=OPERATION)
+    """Peak of one device in TFLOP/s, of which MFU is the share; null = that of a known GPU in bf16, else no MFU."""
 
     @property
     def learning_rate(self) -> float:

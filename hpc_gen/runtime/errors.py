@@ -70,6 +70,20 @@ class RendezvousError(HpcGenError):
     exit_code = ExitCode.REQUEUE_ELSEWHERE
 
 
+class CollectiveError(HpcGenError):
+    """Ranks waited for one that did not come: it hangs, or is gone. `blamed`: rank and host of whoever it was.
+
+    Ends with "requeue elsewhere", or with the code of the rank that said why it failed.
+    """
+
+    exit_code = ExitCode.REQUEUE_ELSEWHERE
+
+    def __init__(self, text: str, blamed: Iterable[tuple[int, str]] = ()) -> None:
+        """`blamed`: may be empty, when nobody can be told from the others."""
+        super().__init__(text)
+        self.blamed = tuple(blamed)
+
+
 class StopRequested(HpcGenError):
     """Raised by `poll()` in long loops: leave them at once, commit nothing half done, end with
     `stop.exit_code`.

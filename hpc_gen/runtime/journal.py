@@ -53,9 +53,14 @@ def journal_path(run: RunFolder, attempt: int, stage: str, task: int) -> Path:
 class Journal:
     """Appends lines to the file of one process; may be used from several threads (the save thread's, too)."""
 
-    def __init__(self, run: RunFolder, attempt: int, stage: str, task: int = 0) -> None:
-        """`attempt` as claimed in fence.py; `task`: rank in training, number of the task in unit stages."""
+    def __init__(self, run: RunFolder, attempt: int, stage: str, task: int = 0, *, below: str = "") -> None:
+        """`attempt` as claimed in fence.py; `task`: rank in training, number of the task in unit stages.
+
+        `below`: a folder in the journal's for lines that `read` does not take in (spans).
+        """
         self.path = journal_path(run, attempt, stage, task)
+        if below:
+            self.path = self.path.parent / below / self.path.name
         self.failed_writes = 0
         self.last_error = ""
         self._lock = threading.Lock()
@@ -221,14 +226,16 @@ def _parse(lines: list[bytes]) -> list[Any]:
 class Reader:
     """Reads a journal again and again at the cost of what is new; `stage`, `task`: only files of these."""
 
-    def __init__(self, run: RunFolder, stage: str | None = None, task: int | None = None) -> None:
-        """Nothing is read yet."""
-        self._run, self._stage, self._task = run, stage, task
+    def __init__(
+        self, run: RunFolder, stage: str | None = None, task: int | None = None, *, below: str = ""
+    ) -> None:
+        """Nothing is read yet. `below`: a folder in the journal's, as in Journal."""
+        self._folder, self._stage, self._task = run.journal / below, stage, task
         self._files: dict[str, _File] = {}
 
     def events(self) -> Events:
         """All events, by attempt, then time; the order inside one file is kept. No journal: no events."""
-        names = sorted(os.listdir(self._run.journal)) if self._run.journal.is_dir() else []
+        names = sorted(os.listdir(self._folder)) if self._folder.is_dir() else []
         torn = sum(self._update(name) for name in names)
         return _merged(self._files.values(), torn)
 
@@ -241,7 +248,7 @@ class Reader:
         if (self._stage not in (None, stage)) or (self._task not in (None, task)):
             return 0
         file = self._files.setdefault(name, _File(attempt, stage, task))
-        with open(self._run.journal / name, "rb") as stream:
+        with open(self._folder / name, "rb") as stream:
             stream.seek(file.offset)
             data = stream.read()
         end = data.rfind(b"\n") + 1

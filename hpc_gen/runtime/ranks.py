@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_gen.runtime import env
+from hpc_gen.runtime import env, spans
 from hpc_gen.runtime.errors import RendezvousError, UserError
 from hpc_gen.runtime.rank_detection import Launcher, RankInfo, detect, expand_nodelist, rendezvous
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Launcher", "PendingReduction", "RankInfo", "Ranks", "detect", "expand_nodelist", "rendezvous"]
 
 _DEFAULT_TIMEOUT_S = 600.0
+_STORE_TIMEOUT_S = 20.0
 
 
 class PendingReduction:
@@ -30,7 +31,8 @@ class PendingReduction:
     def wait(self) -> None:
         """Until the tensor holds the sum."""
         if self._work is not None:
-            self._work.wait()
+            with spans.span(spans.COLLECTIVE):
+                self._work.wait()
 
 
 class Ranks:
@@ -52,6 +54,7 @@ class Ranks:
         self.device = device
         self.save_group: ProcessGroup | None = None
         self.control_group: ProcessGroup | None = None
+        self._meeting: tuple[str, int] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -73,6 +76,7 @@ class Ranks:
         ranks = cls(info, backend, device)
         if info.world_size > 1:
             address, port = rendezvous(info, environ)
+            ranks._meeting = address, port
             if address in ("127.0.0.1", "localhost") and Path("/sys/class/net/lo").exists():
                 # gloo would look up the host's name, which laptops and build machines often cannot resolve
                 env.set_default("GLOO_SOCKET_IFNAME", "lo")
@@ -115,14 +119,16 @@ class Ranks:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+            with spans.span(spans.COLLECTIVE):
+                dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
     def all_reduce_max_cpu(self, tensor: torch.Tensor) -> torch.Tensor:
         """Maximum of a CPU tensor over all ranks, in place (control group); returns the tensor."""
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control_group)
+            with spans.span(spans.COLLECTIVE):
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control_group)
         return tensor
 
     def broadcast_(self, tensor: torch.Tensor, src: int = 0) -> None:
@@ -130,7 +136,8 @@ class Ranks:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.broadcast(tensor, src=src)
+            with spans.span(spans.COLLECTIVE):
+                dist.broadcast(tensor, src=src)
 
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         """The small picklable object of rank `src`, on every rank. Others' `obj` is ignored."""
@@ -139,7 +146,8 @@ class Ranks:
         import torch.distributed as dist
 
         box = [obj if self.rank == src else None]
-        dist.broadcast_object_list(box, src=src, group=self.control_group)
+        with spans.span(spans.COLLECTIVE):
+            dist.broadcast_object_list(box, src=src, group=self.control_group)
         return box[0]
 
     def gather_objects(self, obj: Any) -> list[Any] | None:
@@ -149,7 +157,8 @@ class Ranks:
         import torch.distributed as dist
 
         boxes: list[Any] | None = [None] * self.world_size if self.is_main else None
-        dist.gather_object(obj, boxes, dst=0, group=self.control_group)
+        with spans.span(spans.COLLECTIVE):
+            dist.gather_object(obj, boxes, dst=0, group=self.control_group)
         return boxes
 
     def barrier(self) -> None:
@@ -157,7 +166,8 @@ class Ranks:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.barrier(group=self.control_group)
+            with spans.span(spans.COLLECTIVE):
+                dist.barrier(group=self.control_group)
 
     def all_reduce_sum_async(self, tensor: torch.Tensor, group: ProcessGroup | None = None) -> PendingReduction:
         """Begin to sum a tensor over all ranks (or those of `group`) in place; leave it alone until `wait`."""
@@ -172,7 +182,8 @@ class Ranks:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.control_group)
+            with spans.span(spans.COLLECTIVE):
+                dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.control_group)
         return tensor
 
     def all_gather_objects(self, obj: Any) -> list[Any]:
@@ -189,7 +200,8 @@ class Ranks:
         import torch.distributed as dist
 
         boxes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(boxes, obj, group=group)
+        with spans.span(spans.COLLECTIVE):  # nothing in the thread that saves
+            dist.all_gather_object(boxes, obj, group=group)
         return boxes
 
     def save_barrier(self) -> None:
@@ -198,6 +210,18 @@ class Ranks:
             import torch.distributed as dist
 
             dist.barrier(group=self.save_group)
+
+    def open_store(self) -> Any:
+        """A connection of its own to the store at which the ranks met (rank 0 holds it). Raises RendezvousError."""
+        assert self._meeting is not None, "one rank has no store"
+        from torch._C._distributed_c10d import TCPStore
+
+        address, port = self._meeting
+        try:
+            wait = datetime.timedelta(seconds=_STORE_TIMEOUT_S)
+            return TCPStore(address, port, is_master=False, timeout=wait, wait_for_workers=False)
+        except RuntimeError as error:
+            raise RendezvousError(f"rank {self.rank} lost the store at {address}:{port}: {error}") from error
 
     def stop(self) -> None:
         """Leave the process groups; may be called twice."""

@@ -7,7 +7,7 @@ claimed or the table is read.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hpc_gen.runtime.fence import Fence, claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.progress import Progress
 from hpc_gen.runtime.rank_detection import detect
+from hpc_gen.runtime.rank_watch import blamed
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import Stop, StopToken
@@ -38,6 +39,7 @@ from hpc_gen.stages.origin import CARRIED
 from hpc_gen.stages.periodic import cuts_at, periodic_work
 from hpc_gen.stages.run_setup import extensions, training_identity
 from hpc_gen.stages.surroundings import Surroundings
+from hpc_gen.stages.watching import watched
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet
@@ -61,7 +63,7 @@ def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopTok
     """
     config = _train_config(resolved)
     width.check(config, detect(env.snapshot()).world_size)
-    ranks = Ranks.start()
+    ranks = Ranks.start(timeout_s=config.collective_timeout_s)
     try:
         attempt = _claim(run, ranks)
         if ranks.is_main:
@@ -110,14 +112,16 @@ def _attempt(
 ) -> ExitCode:
     """Body of one attempt: everything between taking the fence and giving it back is in the journal."""
     ended, code, cause, seen = None, ExitCode.BUG, "error", -1
+    blame: list[Mapping[str, Any]] = []
     job: loop.TrainJob | None = None
     try:
-        job = _prepare(run, resolved, config, workspace, stop, ranks, attempt)
-        ended = loop.train(job)
+        with watched(run, config, ranks, attempt.number, attempt.journal):
+            job = _prepare(run, resolved, config, workspace, stop, ranks, attempt)
+            ended = loop.train(job)
         code = ExitCode.DONE if ended is None else ExitCode(ended.exit_code)
         cause = "done" if ended is None else ended.detail
     except HpcGenError as error:
-        code, cause = error.exit_code, str(error)
+        code, cause, blame = error.exit_code, str(error), blamed(error)
         raise
     finally:
         if job is not None:
@@ -125,18 +129,30 @@ def _attempt(
         seen = job.state.images_seen if job is not None else -1
         attempt.journal.event("attempt_end", exit_code=int(code), cause=cause, images_seen=seen)
         if ranks.is_main:
-            _leave(run, attempt, ended, code, cause, seen)
+            _leave(run, attempt, ended, code, cause, seen, blame)
     _tell(job, ended)
     ranks.barrier()  # all end together: a launcher ends those that linger, and rank 0 may still be publishing
     return code
 
 
-def _leave(run: RunFolder, attempt: Attempt, stop: Stop | None, code: ExitCode, cause: str, seen: int) -> None:
+def _leave(
+    run: RunFolder,
+    attempt: Attempt,
+    stop: Stop | None,
+    code: ExitCode,
+    cause: str,
+    seen: int,
+    blame: Sequence[Mapping[str, Any]],
+) -> None:
     """Write the cause file, by which the batch body and `status` decide, and release the fence.
+
+    `blame`: ranks and hosts that the others waited for in vain; a requeue leaves these hosts out.
 
     A full disk keeps neither the attempt from ending as it has ended nor the next from taking over from a dead process.
     """
     content = {"exit_code": int(code), "cause": cause, "images_seen": seen, "stop": stop.cause.name if stop else None}
+    if blame:
+        content["blamed"] = list(blame)
     path = run.journal / f"{attempt.number:04d}.cause.json"
     try:
         commit.write_json(path, {**content, "stage": "train", "time": clock.now()})

@@ -17,7 +17,7 @@ from torch import Tensor
 from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.data.feed import Feed
 from hpc_gen.methods.protocol import Method
-from hpc_gen.runtime import clock
+from hpc_gen.runtime import clock, spans
 from hpc_gen.runtime.errors import CheckpointError, FencedError, HpcGenError, StopRequested
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.memory import peak_host_bytes
@@ -115,11 +115,13 @@ def train(job: TrainJob) -> Stop | None:
     stop: Stop | None = _catch_up(job, timing)
     try:
         while stop is None and job.state.images_seen < config.end_images:
-            stop = job.stop.agree(job.ranks)
+            with spans.span("agree"):
+                stop = job.stop.agree(job.ranks)
             if stop is not None:
                 break
             before_wait = feed.wait_s
-            iteration = next(feed)
+            with spans.span(spans.DATA_WAIT):
+                iteration = next(feed)
             timing.data_wait += feed.wait_s - before_wait
             assert iteration.images_seen == job.state.images_seen, "the feed and the clock have parted"
 
@@ -127,6 +129,7 @@ def train(job: TrainJob) -> Stop | None:
             job.state.images_seen += config.global_batch
             if job.engine.leads_data:
                 job.state.add_digest(iteration.digest)
+            spans.step_done(job.state.images_seen)
             timing.images += config.global_batch
             if not reserved:  # optimizers have their state only now
                 job.chain.reserve(_everything(job))
@@ -144,7 +147,8 @@ def train(job: TrainJob) -> Stop | None:
             if verdict is Verdict.SKIPPED:
                 _tell_skipped(job, results)
             else:
-                job.ema.update(job.engine.trained_roles())
+                with spans.span("ema", job.ranks.device):
+                    job.ema.update(job.engine.trained_roles())
                 guard.remember(job.state, {purpose: result.total for purpose, result in results.items()})
                 job.state.add_losses(_row_values(results))
             stop = _at_intervals(job, timing, job.periodic)
@@ -153,11 +157,13 @@ def train(job: TrainJob) -> Stop | None:
     if job.chain.begun_images != job.state.images_seen:
         timing.save_stall += _save(job)
     begun = clock.monotonic()
-    job.chain.wait()  # the last save of an attempt must hold: its failure is the attempt's
+    with spans.span("save_wait"):
+        job.chain.wait()  # the last save of an attempt must hold: its failure is the attempt's
     timing.save_stall += clock.monotonic() - begun
     _book(job, timing)
     if job.chain.committed_images is not None:
-        job.published(job.chain.committed_images, True, stop is not None)
+        with spans.span("publish"):
+            job.published(job.chain.committed_images, True, stop is not None)
     return stop
 
 
@@ -176,7 +182,8 @@ def _step_all_turns(job: TrainJob, micro_batches: Sequence[Any]) -> dict[str, St
     for turn in job.method.turns(images_seen // config.global_batch, images_seen):
         micros = [(micro.batch, micro.draws[turn.purpose]) for micro in micro_batches]
         highest = NonFiniteGuard(config.non_finite).highest_loss(job.state, turn.purpose)
-        results[turn.purpose] = job.engine.step(turn, micros, rate, highest)
+        with spans.span("step", together=True):
+            results[turn.purpose] = job.engine.step(turn, micros, rate, highest)
     return results
 
 
@@ -216,7 +223,8 @@ def _at_intervals(job: TrainJob, timing: Timing, periodic: Sequence[Periodic]) -
     for each in periodic:
         if each.due(images_seen):
             try:
-                extra.update(each.action(images_seen))
+                with spans.span(each.name):
+                    extra.update(each.action(images_seen))
             except StopRequested as error:
                 timing.other += clock.monotonic() - begun
                 job.journal.event("cut_short", what=each.name, images_seen=images_seen, detail=error.stop.detail)
@@ -296,6 +304,7 @@ def _book(job: TrainJob, timing: Timing) -> None:
         other_s=timing.other,
         peak_bytes=_peak_bytes(job.ranks.device),
     )
+    spans.close_interval()
     timing.begun, timing.images = clock.monotonic(), 0
     timing.data_wait = timing.save_stall = timing.other = 0.0
 
@@ -312,7 +321,8 @@ def _save(job: TrainJob) -> float:
     """
     begun = clock.monotonic()
     try:
-        job.chain.wait()
+        with spans.span("save_wait"):
+            job.chain.wait()
     except FencedError:
         raise
     except (HpcGenError, OSError, RuntimeError) as error:
@@ -324,7 +334,8 @@ def _save(job: TrainJob) -> float:
         job.chain.best_images = job.state.best_images  # not before the save under way has done its own retention
     job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
     facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
-    job.chain.save(job.state.images_seen, _everything(job), facts)
+    with spans.span("save"):
+        job.chain.save(job.state.images_seen, _everything(job), facts)
     return clock.monotonic() - begun
 
 

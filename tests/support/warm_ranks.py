@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,7 @@ def be_a_rank(command: dict[str, Any], rank: int, port: int) -> None:
 def train(run: Any, overrides: Sequence[str], fault: dict[str, Any], rank: int) -> int:
     """The train stage of one rank, with the fault it was given."""
     from hpc_gen.config import loader
+    from hpc_gen.runtime.errors import DataError
     from hpc_gen.runtime.ranks import Ranks
     from hpc_gen.runtime.stop import Cause, Stop, StopToken
     from hpc_gen.stages import run_setup
@@ -161,6 +163,12 @@ def train(run: Any, overrides: Sequence[str], fault: dict[str, Any], rank: int) 
                     self.request(Cause.PREEMPTED, "the test")
                 elif fault["name"] == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
+                elif fault["name"] == "sleep":
+                    time.sleep(fault["seconds"])
+                elif fault["name"] == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif fault["name"] == "mistake":
+                    raise DataError("the shard of this rank is torn")
             return super().agree(ranks)
 
         polls = 0

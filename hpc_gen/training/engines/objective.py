@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.methods.protocol import Losses, Method, Turn
+from hpc_gen.runtime import spans
 from hpc_gen.runtime.errors import CheckpointError
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.training.checkpoint.pieces import Below, Pieces
@@ -90,20 +91,23 @@ class ObjectiveEngine:
         self._begin(turn.role, len(placed))
         sums: dict[str, Tensor] = {}
         for index, (batch, draws) in enumerate(placed):
-            with autocast(self._device, self._config.precision):
-                losses = self._objective(turn, batch, draws)
-            total = self._weighted(losses, counts)
-            for name, term in losses.terms.items():
-                value = term.sum.detach().double()
-                sums[name] = sums[name] + value if name in sums else value
-            self._backward(turn.role, total, last=index == len(placed) - 1)
-        self._reduce(turn.role)
-        self._sync_buffers()
+            with spans.span("forward_backward", self._device):
+                with autocast(self._device, self._config.precision):
+                    losses = self._objective(turn, batch, draws)
+                total = self._weighted(losses, counts)
+                for name, term in losses.terms.items():
+                    value = term.sum.detach().double()
+                    sums[name] = sums[name] + value if name in sums else value
+                self._backward(turn.role, total, last=index == len(placed) - 1)
+        with spans.span("reduce"):
+            self._reduce(turn.role)
+            self._sync_buffers()
         weights = {name: term.weight for name, term in losses.terms.items()}
         means = self._means(sums, counts)
         loss = sum(weights[name] * mean for name, mean in means.items() if weights[name] != 0.0)
         sound = all(math.isfinite(mean) for mean in means.values()) and (highest_loss is None or loss <= highest_loss)
-        grad_norm = self._apply(turn, lr * turn.lr_scale, sound)
+        with spans.span("optimizer", self._device):
+            grad_norm = self._apply(turn, lr * turn.lr_scale, sound)
         finite = sound and math.isfinite(grad_norm)
         if not finite:
             for buffer, kept in before:  # a running statistic that took in a NaN would never lose it again
