@@ -121,10 +121,21 @@ def refusal(source: Any, kind: Kind, wanted: str) -> str:
 def load_strict(model: nn.Module, flat: Mapping[str, Tensor], source: Any, wanted: str, advice: str) -> None:
     """Copy a state dict into a materialised network, all or nothing, values cast to the network's dtypes.
 
-    Every key must be there and no more, in the right shape, with finite values; else DataError naming `source`, the
-    keys, and `advice` (what to change).
+    Raises DataError as `check_strict`.
     """
     own = model.state_dict()
+    check_strict(own, flat, source, wanted, advice)
+    for name, value in own.items():
+        value.copy_(flat[name])
+
+
+def check_strict(
+    own: Mapping[str, Tensor], flat: Mapping[str, Tensor], source: Any, wanted: str, advice: str
+) -> None:
+    """Raise DataError naming `source`, the keys, and `advice` (what to change) unless `flat` fits a network's `own`.
+
+    Every key must be there and no more, in the right shape, with finite values. `own` may lie on the meta device.
+    """
     missing = [name for name in own if name not in flat]
     unexpected = [name for name in flat if name not in own]
     if missing or unexpected:
@@ -142,8 +153,6 @@ def load_strict(model: nn.Module, flat: Mapping[str, Tensor], source: Any, wante
             )
         if not bool(torch.isfinite(flat[name]).all()):
             raise DataError(f"{source} holds values in '{name}' that are not finite; get the file anew")
-    for name, value in own.items():
-        value.copy_(flat[name])
 
 
 def some(names: list[str]) -> str:
