@@ -43,7 +43,7 @@ from hpc_gen.stages.watching import watched
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet
-from hpc_gen.training.engines.build import build_engine, refuse
+from hpc_gen.training.engines.build import build_engine, needs_values, refuse
 from hpc_gen.training.precision import set_determinism
 
 
@@ -185,7 +185,7 @@ def _prepare(
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
     refuse(method, config, ranks.world_size)
-    modules = materialise(method, experiment.seed)
+    modules = materialise(method, experiment.seed) if needs_values(config, ranks) else method.roles()
     progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
     say = progress.say if ranks.is_main else (lambda line: None)
     retention = Retention(config.keep_last, config.keep_every)

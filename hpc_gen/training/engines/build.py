@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hpc_gen.config.experiment import TrainConfig
+from hpc_gen.config.experiment import EngineConfig, TrainConfig
 from hpc_gen.methods.protocol import Method
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.training.engines.base import Engine
 from hpc_gen.training.engines.ddp import DdpEngine
+from hpc_gen.training.engines.units import prepare_blocks
 
 
 def build_engine(
@@ -20,17 +21,57 @@ def build_engine(
 ) -> Engine:
     """The engine that the experiment asks for, around `modules`: the method's own roles with their values.
 
-    Collective. Raises UserError where `refuse` does.
+    Where `needs_values` says no, they may be on the meta device. Collective. Raises UserError where `refuse` does.
     """
     refuse(method, config, ranks.world_size)
+    prepare_blocks(method, modules, config.engine)
+    if config.engine.name == "fsdp":
+        from hpc_gen.training.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(method, modules, config, ranks, device)
     return DdpEngine(method, modules, config, ranks, device)
+
+
+def needs_values(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether this rank gives the engine materialised modules; with fsdp rank 0's values reach all the others."""
+    return config.engine.name != "fsdp" or ranks.is_main
 
 
 def refuse(method: Method, config: TrainConfig, world_size: int) -> None:
     """Raise UserError for an engine that cannot train this method, or not on so many ranks. Needs no weights."""
     chosen = config.engine
-    if chosen.name != "ddp" or chosen.tensor_parallel != 1 or chosen.compile or chosen.checkpointing != "none":
+    plans = {role: method.parallel_plan(role) for role in method.roles() if method.parameter_groups(role)}
+    inside = [role for role, plan in plans.items() if plan.differentiates_inside]
+    if inside:
+        _refuse_inside(inside[0], chosen, world_size)
+    ways = chosen.shards or 1
+    if world_size % ways:
         raise UserError(
-            "this version trains with 'train.engine.name' = ddp alone, without tensor parallelism, compilation and "
-            "checkpointing of blocks; remove the other keys of 'train.engine'"
+            f"train.engine.shards = {ways} does not divide the {world_size} ranks of this attempt; start a multiple of "
+            f"{ways}, or change it"
+        )
+    for key, units in (("compile", "fsdp_units"), ("checkpointing", "checkpoint_units")):
+        if getattr(chosen, key) not in (None, "none") and not any(getattr(plan, units) for plan in plans.values()):
+            raise UserError(f"train.engine.{key} is set, but this method names no blocks for it; remove the key")
+
+
+def _refuse_inside(role: str, chosen: EngineConfig, world_size: int) -> None:
+    """What cannot be around a loss that differentiates inside its forward (measured: DESIGN section 4)."""
+    why = f"role '{role}' differentiates inside its loss"
+    if chosen.zero_stage == 3:
+        raise UserError(
+            f"{why}, where parameters that are let go of in the forward pass (train.engine.name = {chosen.name} at "
+            "stage 3) have no gradient; use train.engine.stage=2, or train.engine.name=ddp"
+        )
+    if chosen.shards is not None and chosen.shards < world_size:
+        raise UserError(
+            f"{why}, for which copies of the shards (train.engine.shards = {chosen.shards} on {world_size} ranks) are "
+            "not supported; remove train.engine.shards, or use train.engine.name=ddp"
+        )
+    if chosen.compile is not None:
+        raise UserError(f"{why}, which torch.compile cannot differentiate a second time; remove train.engine.compile")
+    if chosen.param_dtype is not None:
+        raise UserError(
+            f"{why}, and its energies and input gradients must stay fp32; remove train.engine.param_dtype (and use "
+            "train.precision=bf16)"
         )

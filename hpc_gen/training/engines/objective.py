@@ -76,7 +76,7 @@ class ObjectiveEngine:
 
     def whole(self, parts: Parts | None = None) -> AbstractContextManager[None]:
         """See Holder."""
-        return gathered(self._plain, self._layouts, self._parts if parts is None else parts, self._ranks)
+        return gathered(self._plain, self._layouts, self._parts if parts is None else parts, self._ranks, self._device)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

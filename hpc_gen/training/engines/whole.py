@@ -76,10 +76,14 @@ class Plain:
 
 @contextmanager
 def gathered(
-    plain: Mapping[str, Plain], layouts: Mapping[str, Mapping[str, Layout]], parts: Parts, ranks: Ranks
+    plain: Mapping[str, Plain],
+    layouts: Mapping[str, Mapping[str, Layout]],
+    parts: Parts,
+    ranks: Ranks,
+    device: torch.device,
 ) -> Iterator[None]:
     """All roles as plain modules with the weights that the ranks' `parts` make up (collective at the start only)."""
-    with _all_shown([plain[role].shown(gather(parts[role], layouts[role], ranks)) for role in plain]):
+    with _all_shown([plain[role].shown(gather(parts[role], layouts[role], ranks, device)) for role in plain]):
         yield
 
 
@@ -93,30 +97,36 @@ def _all_shown(contexts: list[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def gather(parts: Mapping[str, Tensor], layouts: Mapping[str, Layout], ranks: Ranks) -> dict[str, Tensor]:
-    """Whole tensors by name, on every rank; those that are whole here already are not copied."""
+def gather(
+    parts: Mapping[str, Tensor], layouts: Mapping[str, Layout], ranks: Ranks, device: torch.device
+) -> dict[str, Tensor]:
+    """Whole tensors by name on `device`, on every rank; those that are whole there already are not copied."""
     found: dict[str, Tensor] = {}
     batch: list[str] = []
     for name, part in parts.items():
         layout = layouts[name]
         if layout.replicated:
-            found[name] = part.view(layout.shape)
+            found[name] = part.view(layout.shape).to(device)
             continue
         batch.append(name)
         if sum(_numel(layouts[each]) for each in batch) >= GATHER_ELEMENTS:
-            found.update(_gather_batch(batch, parts, layouts, ranks))
+            found.update(_gather_batch(batch, parts, layouts, ranks, device))
             batch = []
     if batch:
-        found.update(_gather_batch(batch, parts, layouts, ranks))
+        found.update(_gather_batch(batch, parts, layouts, ranks, device))
     return {name: found[name] for name in parts}
 
 
 def _gather_batch(
-    names: list[str], parts: Mapping[str, Tensor], layouts: Mapping[str, Layout], ranks: Ranks
+    names: list[str],
+    parts: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+    ranks: Ranks,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """One collective for several tensors: each rank adds what it owns to zeros, which is exact."""
-    first = parts[names[0]]
-    flat = torch.zeros(sum(_numel(layouts[name]) for name in names), dtype=first.dtype, device=first.device)
+    size = sum(_numel(layouts[name]) for name in names)
+    flat = torch.zeros(size, dtype=parts[names[0]].dtype, device=device)
     found: dict[str, Tensor] = {}
     offset = 0
     for name in names:

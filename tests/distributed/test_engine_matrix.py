@@ -1,0 +1,62 @@
+"""The diagonal of the matrix of engines: each engine once against one process, killed and resumed, and moved.
+
+All of it: tests/prove_engines.py (`make prove`), whose table is docs/proofs/engines.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import engine_matrix as matrix
+import experiments
+import pytest
+from experiments import Workspace
+from warm_ranks import WarmRanks
+
+from hpc_gen.runtime.run_folder import RunFolder
+
+# engine, variant, ranks, ranks that it is moved to in the middle
+DIAGONAL = [
+    ("fsdp z2", "energy", 2, 4),
+    ("fsdp z3", "standard", 4, 2),
+    ("hsdp 2x2", "standard", 4, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmRanks]:
+    with WarmRanks() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def space() -> Iterator[Workspace]:
+    with experiments.scratch_folder() as folder:
+        yield experiments.make_workspace(folder)
+
+
+@pytest.fixture(scope="module")
+def one_process(warm: WarmRanks, space: Workspace) -> dict[str, RunFolder]:
+    """ddp on one rank, by variant."""
+    return {variant: matrix.undisturbed(warm, space, variant, "ddp", 1) for variant in matrix.VARIANTS}
+
+
+@pytest.mark.parametrize(("engine", "variant", "size", "then"), DIAGONAL, ids=[f"{c[0]}-{c[1]}" for c in DIAGONAL])
+def test_an_engine_trains_resumes_and_moves_as_one_process_would(
+    warm: WarmRanks,
+    space: Workspace,
+    one_process: dict[str, RunFolder],
+    engine: str,
+    variant: str,
+    size: int,
+    then: int,
+) -> None:
+    reference = one_process[variant]
+    whole = matrix.undisturbed(warm, space, variant, engine, size)
+    verdict = matrix.compare(whole, reference)
+    assert verdict.holds(variant), verdict
+    killed = matrix.killed(warm, space, variant, engine, size)
+    assert matrix.same_bytes(killed, whole)
+    assert experiments.rows(killed) == experiments.rows(whole)
+    verdict = matrix.compare(matrix.moved(warm, space, variant, engine, size, then), reference)
+    assert verdict.holds(variant), verdict
