@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_gen import cli_daily, cli_lab, cli_slurm
+from hpc_gen import cli_containers, cli_daily, cli_lab, cli_slurm
 from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
     Config,
@@ -420,6 +420,7 @@ app.add_typer(weights_app, name="weights")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(metrics_app, name="metrics")
 cli_lab.add_to(app)
+cli_containers.add_to(app)
 
 
 def main() -> None:

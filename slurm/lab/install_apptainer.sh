@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs Apptainer for the container tests, and what building an image needs: squashfs-tools, uidmap, debootstrap.
+# Installs Apptainer for the container tests, and what building images and mounting them as an ordinary user need.
 # Usage: install_apptainer.sh      as root on Debian; does nothing when it is there and runs; `make test` calls it.
 # Elsewhere it says loudly that the container tests will be skipped, and ends with 0.
 #
@@ -9,7 +9,7 @@
 # It leaves: /usr/bin/apptainer, /usr/lib/x86_64-linux-gnu/apptainer, /etc/apptainer, /var/lib/apptainer, and a range of
 # ids for root in /etc/subuid and /etc/subgid (builds with a %post section run in fakeroot mode).
 set -euo pipefail
-tools=(squashfs-tools uidmap patchelf debootstrap)
+tools=(squashfs-tools squashfuse fuse3 uidmap patchelf mmdebstrap)
 libraries=/usr/lib/x86_64-linux-gnu
 place=$libraries/apptainer
 

@@ -38,7 +38,7 @@ def commands() -> dict[str, object]:
 COMMANDS = commands()
 CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "preempt", "resume", "shards fetch",
             "shards index", "weights fetch", "weights import", "weights export", "metrics stats",
-            "fork", "gc", "lab start", "lab stop", "submit"]  # fmt: skip
+            "fork", "gc", "lab start", "lab stop", "submit", "containers build"]  # fmt: skip
 
 
 def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,6 +61,7 @@ def test_all_commands_are_there() -> None:
         "config show", "config schema", "shards fetch", "shards info", "shards verify", "weights fetch",
         "shards index", "weights list", "weights verify", "weights import", "weights export",
         "checkpoints list", "checkpoints verify", "metrics stats", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
+        "containers build", "containers check",
     }  # fmt: skip
 
 
