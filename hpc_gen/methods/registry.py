@@ -44,6 +44,7 @@ class MethodEntry:
 METHODS: dict[str, str] = {
     "autoencoder": "hpc_gen.methods.autoencoder.recipe:ENTRY",
     "energy": "hpc_gen.methods.energy.recipe:ENTRY",
+    "gmem": "hpc_gen.methods.gmem.recipe:ENTRY",
 }
 
 

@@ -15,7 +15,10 @@ from golden_files import Case, OfficialModel
 from golden_handling import NotHandled, case_handler, has_method_folder, official_handler
 
 # (METHOD, name of the case, reason)
-CASES: list[tuple[str, str, str]] = []
+CASES: list[tuple[str, str, str]] = [
+    ("gmem", "ema_and_frechet", "its handler comes with the metrics"),
+    ("gmem", "latent_dataset", "its handler comes with the reader of LightningDiT's shards"),
+]
 
 # (METHOD, name of the official model, reason)
 OFFICIAL: list[tuple[str, str, str]] = [

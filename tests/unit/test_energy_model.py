@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hpc_gen.methods.energy.config import EnergyConfig
-from hpc_gen.methods.energy.model import PureDiffusion, initialise, sincos_positions, timestep_features
+from hpc_gen.methods.energy.model import PureDiffusion, initialise
 from hpc_gen.methods.energy.recipe import SIZES
 from hpc_gen.methods.energy.weights import official_list
+from hpc_gen.nn.embeddings import sincos_positions, timestep_features
 
 CLASSES = 3
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hpc_gen.methods.energy.config import EnergyConfig
-from hpc_gen.methods.energy.model import PureDiffusion, sincos_positions
+from hpc_gen.methods.energy.model import PureDiffusion
+from hpc_gen.nn.embeddings import sincos_positions
 from hpc_gen.runtime.errors import DataError
 
 _POSITION_TOLERANCE = 1e-6  # float32 sines of another library
