@@ -16,7 +16,6 @@ from golden_handling import NotHandled, case_handler, has_method_folder, officia
 
 # (METHOD, name of the case, reason)
 CASES: list[tuple[str, str, str]] = [
-    ("gmem", "ema_and_frechet", "its handler comes with the metrics"),
     ("gmem", "latent_dataset", "its handler comes with the reader of LightningDiT's shards"),
 ]
 

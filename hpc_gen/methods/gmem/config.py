@@ -188,8 +188,8 @@ class SamplingSettings(Section):
         if self.mode == "sde" and self.method == "heun" and (self.last_step == "none" or not self.last_step_size):
             raise KeyProblem(
                 "sample.settings.last_step",
-                "Heun's step looks at its own end, where the score is infinite at t = 1; give 'sample.settings.last_step' "
-                "and a 'last_step_size' above 0, or use method=euler",
+                "Heun's step looks at its own end, where the score is infinite at t = 1; give "
+                "'sample.settings.last_step' and a 'last_step_size' above 0, or use method=euler",
             )
         if self.mode == "sde" and self.shift:
             raise KeyProblem(
