@@ -17,14 +17,16 @@ from hpc_gen.cli_parts import (
     Overrides,
     Run,
     Stages,
-    TableFolder,
     Workspace,
     end,
     example,
+    print_json,
+    report_problems,
     run_of,
     say,
     workspace_of,
 )
+from hpc_gen.cli_shards import shards_app
 from hpc_gen.cli_weights import weights_app
 from hpc_gen.runtime.errors import UserError
 
@@ -39,7 +41,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show experiments and the keys they may have.")
-shards_app = typer.Typer(no_args_is_help=True, help="Fetch images, look into tables and verify them.")
 checkpoints_app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
 
 
@@ -291,7 +292,7 @@ def config_schema(
     from hpc_gen.config import describe, loader
 
     if json:
-        _print_json(loader.schema())
+        print_json(loader.schema())
         return
     facts = loader.key_facts()
     if method is not None:
@@ -306,72 +307,6 @@ def config_schema(
             say(f"    {fact.meaning}")
 
 
-@shards_app.command("fetch", epilog=example("hpc-gen shards fetch mnist", "hpc-gen shards fetch emoji --dry-run"))
-def shards_fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="mnist, emoji or cifar10.")],
-    workspace: Workspace = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Download a data set and verify it.
-
-    Into WORKSPACE/downloads; what is there already is left alone.
-    """
-    from shard_tools import fetch
-
-    fetch.fetch(name, workspace_of(workspace), say=say, dry_run=dry_run)
-
-
-@shards_app.command("info", epilog=example("hpc-gen shards info tables/mnist16"))
-def shards_info(table: TableFolder, workspace: Workspace = None, json: Json = False) -> None:
-    """Columns, rows, classes and identity of a table."""
-    from shard_tools import inspect
-
-    found = inspect.info(workspace_of(workspace) / table)
-    if json:
-        _print_json(found)
-        return
-    for line in inspect.format_info(found):
-        say(line)
-
-
-@shards_app.command("verify", epilog=example("hpc-gen shards verify tables/mnist16"))
-def shards_verify(table: TableFolder, workspace: Workspace = None) -> None:
-    """Compare every byte of a table with its index."""
-    from shard_tools import inspect
-
-    _report_problems(table, inspect.verify(workspace_of(workspace) / table))
-
-
-@shards_app.command(
-    "index",
-    epilog=example(
-        "hpc-gen shards index tables/cached",
-        "hpc-gen shards index tables/cached --config job_configs/energy/edm_base_64.yaml --dry-run",
-    ),
-)
-def shards_index(
-    table: TableFolder,
-    workspace: Workspace = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="Experiment whose tokenizer made the latents; it is recorded.")
-    ] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Write the index of shards that another program made.
-
-    For latents cached by the energy reference (ptshard, pt or npz). They can be read without, but then every start
-    reads the header of every file, and nothing vouches for their bytes. Index them before the first training: a table
-    with an index is another table to a checkpoint.
-    """
-    from hpc_gen.config import loader
-    from hpc_gen.stages.build import tokenizer_identity
-    from shard_tools import indexing
-
-    root = workspace_of(workspace)
-    made_by = tokenizer_identity(loader.load(config, []).experiment, root) if config is not None else {}
-    indexing.write_index(root / table, made_by, say, dry_run)
-
-
 @checkpoints_app.command("list", epilog=example("hpc-gen checkpoints list demo-mnist16"))
 def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """Committed checkpoints of a run, oldest first."""
@@ -380,7 +315,7 @@ def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) 
 
     found = read.list_checkpoints(run_of(run, workspace))
     if json:
-        _print_json([asdict(each) for each in found])
+        print_json([asdict(each) for each in found])
         return
     for each in found:
         say(f"{each.images_seen:>14,} images  {format_count(each.bytes):>7}B  {each.world_size} ranks  {each.path}")
@@ -396,22 +331,7 @@ def checkpoints_verify(run: Run, workspace: Workspace = None) -> None:
     folder = run_of(run, workspace)
     paths = sorted(folder.checkpoints.glob("[0-9]*")) if folder.checkpoints.is_dir() else []
     problems = [problem for path in paths for problem in read.verify(path)]
-    _report_problems(f"{len(paths)} checkpoints of {folder.name}", problems)
-
-
-def _report_problems(what: str, problems: list[str]) -> None:
-    from hpc_gen.runtime.errors import ExitCode
-
-    for problem in problems:
-        say(problem)
-    say(f"{what}: {len(problems)} problems" if problems else f"{what}: whole")
-    end(ExitCode.DATA if problems else ExitCode.DONE)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    say(json.dumps(value, indent=1, default=str))
+    report_problems(f"{len(paths)} checkpoints of {folder.name}", problems)
 
 
 app.add_typer(config_app, name="config")

@@ -50,3 +50,20 @@ def run_of(text: str, workspace: Path | None) -> Any:
 def end(code: int) -> None:
     """Leave with an exit code that a batch script can decide by."""
     raise typer.Exit(int(code))
+
+
+def report_problems(what: str, problems: list[str]) -> None:
+    """Print problems and a last line, and end with the code that says whether there were any."""
+    from hpc_gen.runtime.errors import ExitCode
+
+    for problem in problems:
+        say(problem)
+    say(f"{what}: {len(problems)} problems" if problems else f"{what}: whole")
+    end(ExitCode.DATA if problems else ExitCode.DONE)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for other programs."""
+    import json
+
+    say(json.dumps(value, indent=1, default=str))

@@ -24,7 +24,7 @@ from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.experiment import EncodeConfig
 from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.data.index import INDEX_NAME, LABELS, ROW_ID, ColumnInfo, TableIndex
-from hpc_gen.data.row_files import stored
+from hpc_gen.data.row_files import ROW_LAYOUTS, stored
 from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.stages.device import task_device
@@ -147,7 +147,7 @@ class EncodeWorker:
             order = row_order(self.source, split, recipe["classes"], recipe["limit"])
             folder = self.workspace / table
             refuse_other_recipe(folder, recipe)
-            names = row_names(self.source, split, layout) if layout != "ptshard" else ()
+            names = row_names(self.source, split, layout) if layout in ROW_LAYOUTS else ()
             outputs[split] = Output(split, folder, recipe, order, self.encode.shard_rows, layout, names)
         return outputs
 
@@ -193,7 +193,7 @@ class EncodeWorker:
         columns = self._tokenize([black])
         row = sum(column.numel() * column.element_size() for column in columns.values()) + LABEL_BYTES
         rows = sum(len(o.items(unit)) for o, unit in missing)
-        if self.encode.format == "ptshard":
+        if self.encode.format not in ROW_LAYOUTS:
             return Need(rows * row, 2 * len(missing))
         blocks = -(-(row + ROW_FILE_BYTES) // FILE_BLOCK)
         return Need(rows * blocks * FILE_BLOCK, rows + len(missing))

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from hpc_gen.data.index import FACTS_FOLDER, LABELS, Layout, ShardInfo
-from hpc_gen.data.ptshard import columns_of, content_sha256, write_shard
+from hpc_gen.data.ptshard import columns_of, content_sha256
 from hpc_gen.data.row_files import ROW_LAYOUTS, row_bytes
+from hpc_gen.data.shard_files import shard_name, write_columns
 from hpc_gen.data.statistics import ChannelSums, has_channels
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError
@@ -54,9 +55,9 @@ class Output:
     def write(self, staging: Path, unit: int, columns: dict[str, Tensor], items: Sequence[int]) -> list[ShardInfo]:
         """Write the rows of `items` below `staging` under the names they have in the table; durable when it returns."""
         if self.layout not in ROW_LAYOUTS:
-            file = f"shard_{unit:05d}.pt"
+            file = shard_name(self.layout, unit)
             with commit.CommitStream(staging / file) as stream:
-                write_shard(stream, columns)
+                write_columns(self.layout, stream, columns, unit * self.shard_rows)
             return [ShardInfo(file, len(items), stream.bytes, stream.sha256, content_sha256(columns))]
         infos: list[ShardInfo] = []
         for place, item in enumerate(items):
@@ -75,7 +76,7 @@ def make_facts(recipe: Recipe, columns: dict[str, Tensor], bad: list[str]) -> di
     """Facts of one unit, without the files' own (`shards`); `columns` is empty when no image could be read."""
     facts: dict[str, Any] = {"recipe": recipe, "bad_images": bad, "rows": 0, "shards": []}
     if columns:
-        facts["rows"] = len(columns[LABELS])
+        facts["rows"] = len(next(iter(columns.values())))
         facts["columns"] = {
             name: {"dtype": column.dtype, "shape": list(column.shape)} for name, column in columns_of(columns).items()
         }
@@ -85,7 +86,7 @@ def make_facts(recipe: Recipe, columns: dict[str, Tensor], bad: list[str]) -> di
 
 def column_facts(columns: dict[str, Tensor]) -> dict[str, Any]:
     """What `statistics` merges: sums of every column with channels, histogram of the labels."""
-    labels = Counter(columns[LABELS].tolist())
+    labels = Counter(columns[LABELS].tolist() if LABELS in columns else ())
     return {
         "sums": {name: ChannelSums.of(t).to_json() for name, t in columns.items() if has_channels(t)},
         "histogram": {str(label): count for label, count in sorted(labels.items())},

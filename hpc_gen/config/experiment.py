@@ -94,8 +94,9 @@ class EncodeConfig(SourceKeys):
     """Stored channels: 1 grey, 3 colour."""
     shard_rows: PositiveInt = 1024
     """Rows of one shard, the unit of this stage."""
-    format: Literal["ptshard", "pt", "npz"] = "ptshard"
-    """ptshard: shards of many rows; pt, npz: a file per image in class folders, as the energy reference caches them."""
+    format: Literal["ptshard", "pt", "npz", "safetensors", "webdataset"] = "ptshard"
+    """ptshard, safetensors, webdataset (tar): shards of many rows; pt, npz: a file per image in class folders, as the
+    energy reference caches them."""
     classes: Annotated[list[str | int], Field(min_length=1)] | None = None
     """Keep these classes only, by name (of a folder: n01440764) or number; labels keep their own ids. null = all."""
     limit: PositiveInt | None = None

@@ -1,7 +1,8 @@
-"""Tables without an index: folders of latents that the energy reference's caching program wrote, read as they are.
+"""Tables without an index: folders of latents that other programs wrote, read as they are.
 
 Known by their files: FOLDER/*.pt with `moments` and `labels` (ptshard), FOLDER/CLASS/*.pt or FOLDER/CLASS/*.npz (one
-row each; classes are numbered in the sorted order of their folders' names, as the reference's readers do). Our own
+row each; classes are numbered in the sorted order of their folders' names, as the energy reference's readers do),
+FOLDER/*.safetensors with `latents` and `labels` (LightningDiT, GMem), FOLDER/*.tar of arrays (WebDataset). Our own
 stage encode leaves a folder of facts from its first unit on, so what it has not finished is never taken for one.
 """
 
@@ -15,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc_gen.data.index import FACTS_FOLDER, LABELS, ColumnInfo, Layout, ShardInfo, TableIndex, why_no_index
-from hpc_gen.data.ptshard import columns_of, num_rows, open_shard
+from hpc_gen.data.ptshard import columns_of, num_rows
 from hpc_gen.data.row_files import ROW_LAYOUTS, open_row
+from hpc_gen.data.shard_files import SUFFIXES, fingerprint, open_columns
 from hpc_gen.runtime.errors import DataError
 
 LABEL_COLUMN = ColumnInfo("int64", ())
-NEEDED = "moments"  # without it a folder of shards is one of ours that lost its index, not a cache of the reference
+NEEDED = {"moments", "latents"}  # without them a folder of shards is one of ours that lost its index
 READERS = 16  # threads that read headers: on a shared file system each waits for the network
 
 
@@ -28,7 +30,7 @@ def shard_files(folder: Path, layout: Layout) -> list[str]:
     """Names of the files of a layout below `folder`, sorted, in the form of `ShardInfo.file`."""
     suffix = ".npz" if layout == "npz" else ".pt"
     if layout not in ROW_LAYOUTS:
-        return sorted(path.name for path in folder.glob("*.pt"))
+        return sorted(path.name for path in folder.glob(f"*{SUFFIXES[layout]}"))
     found: list[str] = []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith(".") and entry.name != FACTS_FOLDER:
@@ -44,7 +46,7 @@ def survey(folder: Path) -> TableIndex:
     `Table.verify`. Every file is opened once. Raises DataError for a folder that is not such a table, and for files
     that differ from the first one in columns, dtypes or shapes.
     """
-    layouts: tuple[Layout, ...] = ("ptshard", *ROW_LAYOUTS)
+    layouts: tuple[Layout, ...] = (*SUFFIXES, *ROW_LAYOUTS)
     if not folder.is_dir() or (folder / FACTS_FOLDER).is_dir():
         raise DataError(why_no_index(folder))
     found = {layout: files for layout in layouts if (files := shard_files(folder, layout))}
@@ -54,31 +56,35 @@ def survey(folder: Path) -> TableIndex:
         names = " and ".join(f"{files[0]} ({layout})" for layout, files in found.items())
         raise DataError(f"{folder} holds shards of several layouts, {names}; put each into a folder of its own")
     layout, files = next(iter(found.items()))
-    return _survey_shards(folder, files) if layout == "ptshard" else _survey_rows(folder, layout, files)
+    return _survey_rows(folder, layout, files) if layout in ROW_LAYOUTS else _survey_shards(folder, layout, files)
 
 
-def _survey_shards(folder: Path, files: list[str]) -> TableIndex:
-    first = open_shard(folder / files[0])
+def _survey_shards(folder: Path, layout: Layout, files: list[str]) -> TableIndex:
+    first = open_columns(layout, folder / files[0])
     columns = columns_of(first)
-    if NEEDED not in columns:
+    if layout != "webdataset" and not NEEDED & set(columns):
         raise DataError(why_no_index(folder))
-    if columns.get(LABELS) != LABEL_COLUMN:
+    unlabelled = layout == "webdataset" and LABELS not in columns
+    if not unlabelled and columns.get(LABELS) != LABEL_COLUMN:
         raise DataError(f"shard {folder / files[0]} has no column 'labels' of int64 numbers; encode the table again")
     shards: list[ShardInfo] = []
     largest = -1
     for file in files:
-        shard = open_shard(folder / file, columns, says=f"{files[0]} has")
+        shard = open_columns(layout, folder / file, columns, says=f"{files[0]} has")
         _same_columns(folder / file, shard, columns, files[0])
-        largest = max(largest, int(shard[LABELS].max()))
-        size, content = _directory(folder / file, file)[:2]
+        largest = max(largest, int(shard[LABELS].max()) if not unlabelled else -1)
+        if layout == "ptshard":
+            size, content = _directory(folder / file, file)[:2]
+        else:
+            size, content = (folder / file).stat().st_size, fingerprint(folder / file)
         shards.append(ShardInfo(file, num_rows(shard, file), size, "", content))
-    return TableIndex(columns, tuple(shards), num_classes=largest + 1)
+    return TableIndex(columns, tuple(shards), num_classes=largest + 1, layout=layout)
 
 
 def _survey_rows(folder: Path, layout: Layout, files: list[str]) -> TableIndex:
     first = open_row(folder / files[0], layout)
     columns = columns_of(first)
-    if NEEDED not in columns or LABELS in columns:  # a folder of whole tables, for instance
+    if not NEEDED & set(columns) or LABELS in columns:  # a folder of whole tables, for instance
         raise DataError(why_no_index(folder))
     with ThreadPoolExecutor(READERS) as pool:
         headers = list(pool.map(lambda file: _directory(folder / file, file), files))
@@ -118,7 +124,12 @@ def _directory(path: Path, name: str) -> tuple[int, str, list[tuple[str, int]]]:
 
 
 def damaged_member(path: Path) -> str | None:
-    """The first array of a shard's archive whose bytes do not have the CRC-32 of its directory, or None."""
+    """The first array of a shard's archive whose bytes do not have the CRC-32 of its directory, or None.
+
+    safetensors and tar carry no checksums of their arrays: what could be opened passes.
+    """
+    if path.suffix in (SUFFIXES["safetensors"], SUFFIXES["webdataset"]):
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip()

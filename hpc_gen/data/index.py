@@ -21,7 +21,7 @@ FACTS_FOLDER = "facts"  # beside the shards of the stage encode: what each unit 
 FORMAT = "hpc-gen-table-1"
 LABELS = "labels"  # the column of class numbers, int64 []
 ROW_ID = "row_id"  # a column by which tables are joined, int64 []: the number of the image in its source
-Layout = Literal["ptshard", "pt", "npz"]
+Layout = Literal["ptshard", "pt", "npz", "safetensors", "webdataset"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
@@ -59,7 +59,7 @@ class TableIndex:
     statistics: Mapping[str, Any] = field(default_factory=dict)  # per-channel mean and std, label histogram
     recipe: Mapping[str, Any] = field(default_factory=dict)  # what was asked for; no path of any machine
     bad_images: tuple[str, ...] = ()  # source ids left out because they could not be read
-    layout: Layout = "ptshard"  # ptshard: data/ptshard.py; pt, npz: one row per file, data/row_files.py
+    layout: Layout = "ptshard"  # pt, npz: one row per file, data/row_files.py; the others: data/shard_files.py
 
     @property
     def indexed(self) -> bool:
@@ -190,7 +190,8 @@ def why_no_index(folder: Path) -> str:
     """A sentence on a folder without an index: what it is instead, and the fix."""
     if not folder.is_dir():
         return f"{folder} is not a folder; name an encoded table in data.table, or run the stage encode first"
-    if any(folder.glob("*.pt")) or (folder / FACTS_FOLDER).is_dir():
+    shards = (path for ending in (".pt", ".safetensors", ".tar") for path in folder.glob(f"*{ending}"))
+    if any(shards) or (folder / FACTS_FOLDER).is_dir():
         return (
             f"{folder} holds shards but no {INDEX_NAME}, so it is not whole: run the stage encode to its end, "
             "or encode it again if another program wrote it"

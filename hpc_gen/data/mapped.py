@@ -22,7 +22,7 @@ from torch import Tensor
 from hpc_gen.data.index import ColumnInfo
 
 Int64Array = npt.NDArray[np.int64]
-Shard = dict[str, Tensor]  # column -> contiguous tensor [rows of the shard, ...]
+Shard = dict[str, Tensor]  # column -> tensor [rows of the shard, ...], each row contiguous
 
 _FOREIGN = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 NOT_OPEN = np.iinfo(np.int64).min // 2  # stays negative whatever offset of a row is added
@@ -41,7 +41,7 @@ class _Column:
 
     rows_at: npt.NDArray[np.void]
     first: Int64Array
-    row_numbers: int
+    steps: int | Int64Array  # numbers from one row to the next: the row's own, more in tars; of all shards or of each
     shape: tuple[int, ...]  # of a row
     held: np.dtype[Any]
     stored: torch.dtype | None  # where numpy lacks it: `held` is then an integer of its size
@@ -135,18 +135,25 @@ class MappedShards:
             row_numbers = math.prod(column.shape)
             row_type = f"V{row_numbers * dtype.itemsize}"
             first = np.full(len(self._starts) - 1, NOT_OPEN, dtype=np.int64)
+            steps: int | Int64Array = row_numbers
             rows_at: npt.NDArray[np.void] = np.empty(0, dtype=row_type)
             if len(numbers):
-                tensors = [_as_numpy(shards[number][name].reshape(-1)) for number in numbers.tolist()]
-                addresses = np.array([tensor.ctypes.data for tensor in tensors]) // dtype.itemsize
+                tensors = [shards[number][name] for number in numbers.tolist()]
+                addresses = np.array([tensor.data_ptr() for tensor in tensors]) // dtype.itemsize
                 lowest = int(addresses.argmin())
                 addresses -= addresses[lowest]
-                begins = max(int(a) + t.size for a, t in zip(addresses, tensors, strict=True)) - row_numbers + 1
-                row = tensors[lowest][:row_numbers].view(row_type)
-                rows_at = as_strided(row, (begins,), (dtype.itemsize,), writeable=False)  # rows that overlap
-                first[numbers] = addresses - self._starts[numbers] * row_numbers
+                apart = np.array([_step(tensor, row_numbers) for tensor in tensors], dtype=np.int64)
+                lasts = addresses + apart * (np.diff(self._starts)[numbers] - 1)
+                row = _as_numpy(tensors[lowest][0].reshape(-1)).view(row_type)
+                rows_at = as_strided(row, (int(lasts.max()) + 1,), (dtype.itemsize,), writeable=False)  # they overlap
+                first[numbers] = addresses - self._starts[numbers] * apart
+                if (apart == apart[0]).all():
+                    steps = int(apart[0])
+                else:
+                    steps = np.full(len(self._starts) - 1, row_numbers, dtype=np.int64)
+                    steps[numbers] = apart
             stored = dtype if dtype in _FOREIGN else None
-            columns[name] = _Column(rows_at, first, row_numbers, column.shape, held, stored)
+            columns[name] = _Column(rows_at, first, steps, column.shape, held, stored)
         return _Window(shards, columns)
 
 
@@ -157,16 +164,22 @@ def _places(
     found: dict[str, Int64Array] = {}
     for name in columns:
         column = window.columns[name]
-        places = column.first[shard_of] + rows * column.row_numbers
+        steps = column.steps if isinstance(column.steps, int) else column.steps[shard_of]
+        places = column.first[shard_of] + rows * steps
         if places.min() < 0:
             return None
         found[name] = places
     return found
 
 
+def _step(tensor: Tensor, row_numbers: int) -> int:
+    """Numbers from one row of a shard to the next."""
+    return tensor.stride(0) if len(tensor) > 1 else row_numbers
+
+
 def _aligned(shard: Shard) -> Shard:
     """A shard whose numbers lie at multiples of their size, as torch packs them; copied where another tool did not."""
-    return {name: t if t.data_ptr() % t.element_size() == 0 else t.clone() for name, t in shard.items()}
+    return {name: t if t.data_ptr() % t.element_size() == 0 else t.clone().contiguous() for name, t in shard.items()}
 
 
 def _as_numpy(tensor: Tensor) -> npt.NDArray[Any]:

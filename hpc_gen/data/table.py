@@ -9,10 +9,10 @@ Rows are copied in one numpy call per column (data/mapped.py): measured faster t
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,9 @@ from torch import Tensor
 from hpc_gen.data.foreign import damaged_member, shard_files, survey
 from hpc_gen.data.index import INDEX_NAME, LABELS, TableIndex
 from hpc_gen.data.mapped import Int64Array, MappedShards, Shard
-from hpc_gen.data.ptshard import content_sha256, open_shard
+from hpc_gen.data.ptshard import content_sha256
 from hpc_gen.data.row_files import ROW_LAYOUTS, RowReader
+from hpc_gen.data.shard_files import open_columns
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, nearest
 
@@ -55,26 +56,25 @@ class Table:
         self._rows: dict[int, Shard] = {}
         self._lock = threading.Lock()
 
-    @classmethod
-    def open(cls, folder: Path | str, verify: bool = False) -> Self:
+    @staticmethod
+    def open(folder: Path | str, verify: bool = False) -> Table:
         """Read the index; with `verify` also check every shard's bytes. Raises DataError with the first problems.
 
         Without an index, every file's header is read instead, 0.1 to 0.2 ms each on a local disk: minutes for a million
         files of one row, so write one with `hpc-gen shards index` first.
         """
+        from hpc_gen.data import joined  # which is made of tables
+
         folder = Path(folder)
-        indexed = (folder / INDEX_NAME).exists()
-        index = TableIndex.read(folder) if indexed else survey(folder)
-        for name, column in index.columns.items():
-            if not isinstance(getattr(torch, column.dtype, None), torch.dtype):
-                raise DataError(
-                    f"{folder / INDEX_NAME}: column {name!r} has the unknown dtype {column.dtype!r}"
-                )
-        table = cls(folder, index)
+        table = joined.open_joined(folder) if (folder / joined.JOIN_NAME).exists() else _open_one(folder)
         if verify and (problems := table.verify()):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise DataError(f"table {folder} failed verification: {problems[0]}{more}")
         return table
+
+    def with_tokenizer(self, identity: Mapping[str, Any]) -> Table:
+        """The same table, said to be made by a tokenizer."""
+        return Table(self.folder, replace(self.index, tokenizer=dict(identity)))
 
     @property
     def rows(self) -> int:
@@ -164,7 +164,7 @@ class Table:
             shard = self._row_reader.open(path, info.bytes, says)
             shard[LABELS] = torch.tensor([self._class_number(info.file)])
         else:
-            shard = open_shard(path, self.index.columns, info.rows, info.bytes, says)
+            shard = open_columns(self.index.layout, path, self.index.columns, info.rows, info.bytes, says)
         labels = shard.get(LABELS)
         if labels is not None and self.index.num_classes:
             low, high = int(labels.min()), int(labels.max())
@@ -214,6 +214,15 @@ class Table:
             return []
         rows = "its rows differ" if content_sha256(shard) != info.content else "its rows are unharmed"
         return [f"shard {path} has another SHA-256 than the index says ({rows}); restore it"]
+
+
+def _open_one(folder: Path) -> Table:
+    """A table that is no join."""
+    index = TableIndex.read(folder) if (folder / INDEX_NAME).exists() else survey(folder)
+    for name, column in index.columns.items():
+        if not isinstance(getattr(torch, column.dtype, None), torch.dtype):
+            raise DataError(f"{folder / INDEX_NAME}: column {name!r} has the unknown dtype {column.dtype!r}")
+    return Table(folder, index)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from hpc_gen.data import ptshard
-from hpc_gen.data.index import ShardInfo, TableIndex
+from hpc_gen.data.index import Layout, ShardInfo, TableIndex
+from hpc_gen.data.shard_files import shard_name, write_columns
 from hpc_gen.runtime import commit
 
 
@@ -20,8 +21,11 @@ def write_table(
     shard_rows: int,
     num_classes: int = 0,
     recipe: Mapping[str, Any] | None = None,
+    layout: Layout = "ptshard",
 ) -> TableIndex:
     """Cut `columns` {name: [N, ...]} into shards of `shard_rows` rows below `folder`, index last; returns the index.
+
+    `layout`: one of many rows per shard.
 
     Raises DataError when the columns have different numbers of rows, UserError when the disk is full.
     """
@@ -30,16 +34,16 @@ def write_table(
     shards: list[ShardInfo] = []
     for number, start in enumerate(range(0, rows, shard_rows)):
         part = {name: column[start : start + shard_rows].contiguous() for name, column in columns.items()}
-        name = f"shard_{number:05d}.pt"
+        name = shard_name(layout, number)
         staged = commit.staging_path(folder / name)
         with commit.CommitStream(staged) as stream:
-            ptshard.write_shard(stream, part)
+            write_columns(layout, stream, part, start)
         size, digest = stream.bytes, stream.sha256
         commit.commit_file(staged, folder / name)
         taken = min(shard_rows, rows - start)
         shards.append(ShardInfo(name, taken, size, digest, ptshard.content_sha256(part)))
     index = TableIndex(
-        ptshard.columns_of(columns), tuple(shards), num_classes=num_classes, recipe=dict(recipe or {})
+        ptshard.columns_of(columns), tuple(shards), num_classes=num_classes, recipe=dict(recipe or {}), layout=layout
     )
     index.write(folder)
     return index

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def open_table(workspace: Path, path: str, experiment: Experiment | None = None)
         return table
     named = tokenizer_config(experiment)
     if named is not None and named.name != "identity":
-        return Table(table.folder, replace(table.index, tokenizer=tokenizer_identity(experiment, workspace)))
+        return table.with_tokenizer(tokenizer_identity(experiment, workspace))
     if MOMENTS in table.index.columns:
         raise UserError(
             f"table {table.folder} holds moments, but nobody says which tokenizer made them and at what scale; set "

@@ -37,7 +37,7 @@ def commands() -> dict[str, object]:
 
 COMMANDS = commands()
 CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "preempt", "resume", "shards fetch",
-            "shards index", "weights fetch", "weights import", "weights export", "metrics stats",
+            "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights fetch", "weights import", "weights export", "metrics stats",
             "fork", "gc", "lab start", "lab stop", "submit", "containers build"]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_all_commands_are_there() -> None:
     assert set(COMMANDS) == {
         "demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "status", "preempt", "resume", "doctor",
         "config show", "config schema", "shards fetch", "shards info", "shards verify", "weights fetch",
-        "shards index", "weights list", "weights verify", "weights import", "weights export",
+        "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights list", "weights verify", "weights import", "weights export",
         "checkpoints list", "checkpoints verify", "metrics stats", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
         "containers build", "containers check",
     }  # fmt: skip
