@@ -60,7 +60,7 @@ class FeatureFiles:
             )
         rows = len(numbers) // 2
         files = cls(folder, ending, batch, TableIndex({}, (ShardInfo("0", rows, 1, "", ""),)))
-        z, label = files._file(0)
+        z, label = files._parsed(0, files._bytes(0))
         column = ColumnInfo(dtype_name(torch.from_numpy(z).dtype), z.shape)
         columns = {"moments": column, "moments_flip": column}
         if label is not None:
@@ -79,8 +79,10 @@ class FeatureFiles:
         sizes = np.minimum(self.batch, self.rows - batches * self.batch)
         plain = batches * self.batch + wanted
         with ThreadPoolExecutor(READERS) as pool:
-            one = list(pool.map(self._file, plain.tolist()))
-            two = list(pool.map(self._file, (plain + sizes).tolist()))
+            data = list(pool.map(self._bytes, [*plain.tolist(), *(plain + sizes).tolist()]))
+        # One after the other: numpy parses headers by `ast`, which Python 3.11 does not allow in two threads at once.
+        both = [self._parsed(number, each) for number, each in zip([*plain, *(plain + sizes)], data, strict=True)]
+        one, two = both[: len(wanted)], both[len(wanted) :]
         for number, other, (_, label), (_, mirrored) in zip(plain, plain + sizes, one, two, strict=True):
             if label != mirrored:
                 raise DataError(
@@ -97,11 +99,19 @@ class FeatureFiles:
             )
         return read
 
-    def _file(self, number: int) -> tuple[Array, int | None]:
+    def _bytes(self, number: int) -> bytes:
+        """All of one file."""
+        path = self.folder / f"{number}{self.ending}"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); extract it again") from error
+
+    def _parsed(self, number: int, data: bytes) -> tuple[Array, int | None]:
         """(moments, label) of one file."""
         path = self.folder / f"{number}{self.ending}"
         try:
-            z, label = _dim_file(path) if self.ending == ".npy.npz" else _uvit_file(path)
+            z, label = _dim_file(data) if self.ending == ".npy.npz" else _uvit_file(data)
         except Exception as error:  # zip, numpy and the pickle machine raise a dozen kinds for damaged files
             raise DataError(f"{path} cannot be read as features ({error}); extract it again") from error
         expected = self.index.columns.get("moments")
@@ -112,14 +122,14 @@ class FeatureFiles:
         return z, label
 
 
-def _dim_file(path: Path) -> tuple[Array, int | None]:
-    with np.load(path, allow_pickle=False) as archive:
+def _dim_file(data: bytes) -> tuple[Array, int | None]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return np.ascontiguousarray(archive["z"]), int(archive["label"])
 
 
-def _uvit_file(path: Path) -> tuple[Array, int | None]:
+def _uvit_file(data: bytes) -> tuple[Array, int | None]:
     """A plain array (moments alone), or an object array of (moments, label)."""
-    stream = io.BytesIO(path.read_bytes())
+    stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = header(stream)
