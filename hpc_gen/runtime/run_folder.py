@@ -129,6 +129,10 @@ class RunFolder:
         """Metrics file of one sampling plan (JSON)."""
         return self.path / "metrics" / f"{check_name(tag, 'tag')}.json"
 
+    def claims(self, stage: str) -> Path:
+        """Folder that says which task works on which unit of a stage just now."""
+        return self.path / "claims" / check_name(stage, "stage")
+
     def ledger(self, stage: str) -> Path:
         """Folder of the records of committed units of a stage."""
         return self.path / "ledger" / check_name(stage, "stage")

@@ -9,10 +9,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from hpc_gen.config.loader import Resolved
 from hpc_gen.runtime import clock, commit, env, launch
+from hpc_gen.runtime.claims import Claims, units_in_turn
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, StopRequested, UserError, nearest
 from hpc_gen.runtime.fence import claim_attempt
 from hpc_gen.runtime.journal import Journal
@@ -220,8 +222,10 @@ def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: S
     units, fingerprint = worker.units(), worker.fingerprint()
     ledger = Ledger(run.ledger(context.stage), run.path)
     missing = {unit.name for unit in ledger.missing(units, fingerprint)}
-    # the share is cut from all units, not from the missing ones: tasks that start at different times agree on it
+    # Its own share first, cut from all units: tasks that start at different times agree on it. Then what others have
+    # not begun, so that a task that joins late, or is done early, takes work off them.
     share = [unit for unit in units[context.task :: context.num_tasks] if unit.name in missing]
+    wanted = list(dict.fromkeys(unit.name for unit in [*share, *units] if unit.name in missing))
     if not missing:
         print(f"{context.stage}: all {len(units)} units are committed already", flush=True)
     elif len(units) > len(missing):
@@ -235,16 +239,25 @@ def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: S
         if found is not None:
             raise StopRequested(found)
 
-    progress = Progress(len(share), context.stage, "units")
-    for number, unit in enumerate(share, 1):
+    claims = Claims(run.claims(context.stage))
+
+    def busy() -> None:
+        claims.touch()
         poll()
-        _do_unit(run, context, worker, ledger, unit, fingerprint, poll)
-        progress.update(number)
+
+    by_name = {unit.name: unit for unit in units}
+    progress = Progress(len(share), context.stage, "units")
+    done = 0
+    with closing(units_in_turn(wanted, claims, lambda n: ledger.is_committed(n, fingerprint), poll)) as turns:
+        for name in turns:
+            _do_unit(run, context, worker, ledger, by_name[name], fingerprint, busy)
+            done += 1
+            progress.update(min(done, len(share)))
     progress.close()
     complete = all(ledger.is_committed(unit.name, fingerprint) for unit in units)
     if complete:
         worker.finish()
-    return complete and (bool(share) or context.task == 0)
+    return complete and (done > 0 or context.task == 0)
 
 
 def _check_room(context: StageContext, worker: UnitWorker) -> None:

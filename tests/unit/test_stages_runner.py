@@ -325,23 +325,27 @@ def task(run: RunFolder, monkeypatch: pytest.MonkeyPatch, number: int, of: int) 
     return runner.run_stage(run, "count")
 
 
-def test_shares_are_cut_from_all_units_so_late_tasks_agree(
+def test_a_task_does_its_share_first_and_then_what_others_have_not_begun(
     tmp_path: Path, counting: type[Counting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Task 2 starts when task 0 has finished: cut from the missing units, its share would be another."""
+    """The share is cut from all units, not from the missing ones, so tasks that start at different times agree on it."""
     run = Workspace(tmp_path).run("r", text=COUNTED)
-    assert task(run, monkeypatch, 0, 3) == ExitCode.DONE
-    assert counting.done == [(0, "u0"), (0, "u3"), (0, "u6")]
-    assert counting.finished == 0
+    counting.fail_at = "u4"
+    with pytest.raises(RuntimeError, match="half-way"):
+        task(run, monkeypatch, 1, 3)
+    assert counting.done == [(1, "u1")] and leftovers(run) == []
+    counting.fail_at = "u3"
+    with pytest.raises(RuntimeError, match="half-way"):
+        task(run, monkeypatch, 0, 3)
+    assert counting.done[1:] == [(0, "u0")]
+    counting.fail_at = None
     assert task(run, monkeypatch, 2, 3) == ExitCode.DONE
-    assert counting.done[3:] == [(2, "u2"), (2, "u5")]
-    assert task(run, monkeypatch, 1, 3) == ExitCode.DONE
-    assert counting.done[5:] == [(1, "u1"), (1, "u4")]
-    assert counting.finished == 1  # the one that found all of them there
+    assert counting.done[2:] == [(2, name) for name in ("u2", "u5", "u3", "u4", "u6")]
+    assert counting.finished == 1
+    assert task(run, monkeypatch, 1, 3) == ExitCode.DONE and task(run, monkeypatch, 0, 1) == ExitCode.DONE
+    assert len(counting.done) == 7 and counting.finished == 3, "nothing was left to do"
     assert sorted(p.name for p in (run.path / "out").iterdir()) == [f"u{i}" for i in range(7)]
-    assert task(run, monkeypatch, 0, 1) == ExitCode.DONE  # again, with another number of tasks: nothing to do
-    assert len(counting.done) == 7 and counting.finished == 2
-    assert leftovers(run) == []
+    assert leftovers(run) == [] and list(run.claims("count").iterdir()) == []
 
 
 def test_a_failed_unit_commits_nothing_and_the_next_attempt_does_it(
