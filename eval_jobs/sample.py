@@ -25,7 +25,7 @@ from hpc_gen.sampling.generate import Decoder, generate_block
 from hpc_gen.sampling.images import write_png
 from hpc_gen.sampling.npz import write_npz
 from hpc_gen.sampling.plan import Block, SamplePlan, method_hash
-from hpc_gen.stages.build import open_decoder, open_table, settings_of
+from hpc_gen.stages.build import condition_table, open_decoder, open_table, settings_of
 from hpc_gen.stages.device import task_device
 from hpc_gen.stages.generation import trained_method
 from hpc_gen.stages.units import StageContext, Unit
@@ -162,6 +162,7 @@ def _plan(
     listed = None
     if config.class_file is not None:
         listed = read_classes(context.workspace / config.class_file, config.num_images, table.index.num_classes)
+    conditions = condition_table(context.workspace, config, table)
     return SamplePlan(
         run_identity=context.resolved.identity,
         checkpoint_images_seen=checkpoint.images_seen,
@@ -177,8 +178,9 @@ def _plan(
         classes=config.classes,
         num_classes=table.index.num_classes,
         settings=settings_of(context.experiment, config.settings).model_dump(mode="json"),
-        table_identity=table.identity,
-        table=table,
+        table_identity=conditions.identity,
+        table=conditions,
+        row_plan=config.rows or "in_order",
         classes_sha256=classes_sha256(listed) if listed is not None else None,
         listed=listed,
     )

@@ -247,6 +247,7 @@ class Run:
     ) -> tuple[SamplePlan, Any]:
         """The plan of the sample section with what is given instead, and the typed sampler settings."""
         from hpc_gen.sampling.plan import SamplePlan, method_hash
+        from hpc_gen.stages.build import condition_table
         from hpc_gen.training.checkpoint import read
 
         config = self._sample_section()
@@ -254,6 +255,7 @@ class Run:
         if size < 1:
             raise UserError(f"batch {size} is not a number of images; give 1 or more")
         typed = self._settings({**config.settings, **settings})
+        conditions = condition_table(self.workspace, config, self._table)
         plan = SamplePlan(
             run_identity=self.resolved.identity,
             checkpoint_images_seen=info.images_seen,
@@ -269,8 +271,9 @@ class Run:
             classes=config.classes,
             num_classes=self._table.index.num_classes,
             settings=typed.model_dump(mode="json"),
-            table_identity=self._table.identity,
-            table=self._table,
+            table_identity=conditions.identity,
+            table=conditions,
+            row_plan=config.rows or "in_order",
         )
         return plan, typed
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_gen.config.base import OPERATION, FolderName, KeyName, NonEmpty, PositiveInt, Section
+from hpc_gen.config.base import OPERATION, WHEN_SET, FolderName, KeyName, NonEmpty, PositiveInt, Section
 from hpc_gen.config.errors import KeyProblem
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -30,6 +30,11 @@ class SampleConfig(Section):
     class_file: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
     """For classes 'file': a class number per line (or .npy, or .npz with arr_1), relative to the workspace; its content
     is part of the plan."""
+    conditions: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """Folder of the table whose rows images are conditioned on (a memory bank), relative to the workspace; its identity
+    is part of the plan. null = data.table."""
+    rows: Literal["in_order", "uniform"] | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """Row of image i: in_order = i modulo rows, uniform = drawn at random with replacement; null = in_order."""
     seed: Seed = 0
     """Seed of the samples, apart from that of training."""
     settings: dict[str, Any] = Field(default_factory=dict)

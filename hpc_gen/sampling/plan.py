@@ -27,8 +27,10 @@ FORMAT = "hpc-gen-sample-plan-1"
 PLAN_NAME = "plan.json"
 CLASSES_NAME = "classes.json"  # of a plan whose classes came from a file: the list itself
 LABEL_PURPOSE = "sample/labels"
+ROW_PURPOSE = "sample/rows"
 
 ClassPlan = Literal["balanced", "sorted", "uniform", "file"]
+RowPlan = Literal["in_order", "uniform"]
 
 
 _NO_FIELDS = ("table", "listed")  # what the plan is given beside its defining fields
@@ -70,6 +72,7 @@ class SamplePlan:
     table: Table | None = field(default=None, compare=False, repr=False)
     classes_sha256: str | None = None
     listed: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    row_plan: RowPlan = "in_order"
 
     def __post_init__(self) -> None:
         assert (self.classes == "file") == (self.classes_sha256 is not None), "a list of classes has a hash"
@@ -88,6 +91,8 @@ class SamplePlan:
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NO_FIELDS}
         if self.classes_sha256 is None:
             del facts["classes_sha256"]  # plans without keep their hash
+        if self.row_plan == "in_order":
+            del facts["row_plan"]  # as above
         return {"format": FORMAT, **facts, "settings": dict(self.settings)}
 
     @property
@@ -125,12 +130,18 @@ class SamplePlan:
         return Stream(self.seed, LABEL_PURPOSE).batch(draw, ids.tolist()).reshape(ids.shape)
 
     def rows(self, ids: Tensor, columns: Sequence[str]) -> dict[str, Tensor]:
-        """Columns of the conditioning table at row `id % rows`: each [N, ...]. Raises UserError without a table."""
+        """Columns of the conditioning table: each [N, ...]. Raises UserError without a table.
+
+        Image `id` has row `id % rows`, or one drawn uniformly with replacement where the plan says so.
+        """
         if self.table is None:
             raise UserError(
                 f"the method is conditioned on table columns ({', '.join(columns)}), but the plan has no table; "
                 "set data.table to the folder of one"
             )
+        if self.row_plan == "uniform":
+            chosen = Stream(self.seed, ROW_PURPOSE).batch(Draw((), Integers(0, self.table.rows)), ids.tolist())
+            return self.table.read(chosen.numpy().reshape(-1), columns)
         return self.table.read(ids.numpy().astype(np.int64) % self.table.rows, columns)
 
     def write(self, folder: Path) -> None:
@@ -166,8 +177,10 @@ class SamplePlan:
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']!r}, not {FORMAT!r}")
         names = [name for name in cls.__dataclass_fields__ if name not in _NO_FIELDS]
-        given = {name: document[name] for name in names if name != "classes_sha256"}
-        plan = cls(**given, classes_sha256=document.get("classes_sha256"), listed=listed)
+        optional = {"classes_sha256": None, "row_plan": "in_order"}
+        given = {name: document[name] for name in names if name not in optional}
+        given |= {name: document.get(name, absent) for name, absent in optional.items()}
+        plan = cls(**given, listed=listed)
         if listed is not None and classes_sha256(listed) != plan.classes_sha256:
             raise ValueError("its list of classes is another one")
         if document.get("hash", plan.hash) != plan.hash:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_gen import tokenizers
-from hpc_gen.config.experiment import Experiment, TokenizerConfig
+from hpc_gen.config.experiment import Experiment, SampleConfig, TokenizerConfig
 from hpc_gen.data.index import differences
 from hpc_gen.data.table import Table
 from hpc_gen.methods import registry
@@ -46,6 +46,11 @@ def open_table(workspace: Path, path: str, experiment: Experiment | None = None)
             "data.tokenizer"
         )
     return table
+
+
+def condition_table(workspace: Path, sample: SampleConfig, table: Table) -> Table:
+    """The table whose rows images are conditioned on: that of `sample.conditions`, else the training table."""
+    return table if sample.conditions is None else Table.open(workspace / sample.conditions)
 
 
 def tokenizer_config(experiment: Experiment) -> TokenizerConfig | None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_gen.data.write import write_table
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.sampling.plan import SamplePlan, method_hash, read_plan
 from hpc_gen.stages.build import open_table
@@ -96,7 +97,7 @@ def test_every_field_is_in_the_hash_and_named_when_it_differs(change, tmp_path):
 
 
 def test_all_fields_are_written_and_read_back(tmp_path):
-    assert set(PLAN.to_json()) - {"format"} == set(SamplePlan.__dataclass_fields__) - {"table", "listed", "classes_sha256"}
+    assert set(PLAN.to_json()) - {"format"} == set(SamplePlan.__dataclass_fields__) - {"table", "listed", "classes_sha256", "row_plan"}
     PLAN.write(tmp_path)
     PLAN.write(tmp_path)  # the same plan again is no problem
     assert read_plan(tmp_path) == PLAN
@@ -130,3 +131,17 @@ def test_rows_of_the_conditioning_table_wrap(tmp_path):
 def test_method_hash_ignores_the_order_of_keys():
     assert method_hash({"name": "a", "depth": 1}) == method_hash({"depth": 1, "name": "a"})
     assert method_hash({"name": "a", "depth": 1}) != method_hash({"name": "a", "depth": 2})
+
+
+def test_rows_drawn_at_random_are_a_function_of_the_id(tmp_path):
+    """A bank is drawn from uniformly with replacement, the same on any number of tasks; plans in order keep their hash."""
+    write_table(tmp_path / "bank", {"cls_tokens": torch.arange(50.0).view(50, 1), "labels": torch.zeros(50).long()}, shard_rows=20, num_classes=1)
+    plan = replace(PLAN, table=open_table(tmp_path, "bank"), row_plan="uniform")
+    ids = torch.arange(4000)
+    rows = plan.rows(ids, ["cls_tokens"])["cls_tokens"].view(-1).long()
+    assert torch.bincount(rows, minlength=50).min() > 40
+    assert torch.equal(plan.rows(torch.tensor([77, 3]), ["cls_tokens"])["cls_tokens"].view(-1).long(), rows[[77, 3]])
+    assert plan.hash != PLAN.hash and replace(plan, row_plan="in_order").hash == PLAN.hash
+    assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))) == replace(plan, table=None)
+    in_order = replace(plan, row_plan="in_order").rows(torch.tensor([0, 51]), ["cls_tokens"])["cls_tokens"]
+    assert in_order.view(-1).tolist() == [0, 1]
