@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hpc_gen import cli_containers, cli_daily, cli_lab, cli_slurm
+from hpc_gen import cli_containers, cli_daily, cli_lab, cli_prove, cli_slurm
+from hpc_gen.cli_checkpoints import checkpoints_app
 from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
     Config,
@@ -21,7 +21,6 @@ from hpc_gen.cli_parts import (
     end,
     example,
     print_json,
-    report_problems,
     run_of,
     say,
     workspace_of,
@@ -41,7 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show experiments and the keys they may have.")
-checkpoints_app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
 
 
 def _names(stages: str | None) -> list[str] | None:
@@ -231,6 +229,7 @@ def resume(
 
 
 cli_daily.add_to(app)
+cli_prove.add_to(app)
 cli_slurm.add_to(app)
 
 
@@ -305,33 +304,6 @@ def config_schema(
         say(f"{fact.key}{'*' if fact.operation else ''}: {fact.allowed} [{fact.default}]")
         if fact.meaning:
             say(f"    {fact.meaning}")
-
-
-@checkpoints_app.command("list", epilog=example("hpc-gen checkpoints list demo-mnist16"))
-def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) -> None:
-    """Committed checkpoints of a run, oldest first."""
-    from hpc_gen.runtime.progress import format_count
-    from hpc_gen.training.checkpoint import read
-
-    found = read.list_checkpoints(run_of(run, workspace))
-    if json:
-        print_json([asdict(each) for each in found])
-        return
-    for each in found:
-        say(f"{each.images_seen:>14,} images  {format_count(each.bytes):>7}B  {each.world_size} ranks  {each.path}")
-    if not found:
-        say("no checkpoint yet")
-
-
-@checkpoints_app.command("verify", epilog=example("hpc-gen checkpoints verify demo-mnist16"))
-def checkpoints_verify(run: Run, workspace: Workspace = None) -> None:
-    """Compare every byte of every checkpoint with its manifest."""
-    from hpc_gen.training.checkpoint import read
-
-    folder = run_of(run, workspace)
-    paths = sorted(folder.checkpoints.glob("[0-9]*")) if folder.checkpoints.is_dir() else []
-    problems = [problem for path in paths for problem in read.verify(path)]
-    report_problems(f"{len(paths)} checkpoints of {folder.name}", problems)
 
 
 app.add_typer(config_app, name="config")

@@ -152,18 +152,22 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     fence: commit.FenceLike | None = None,
+    described: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a safetensors file whole or not at all; returns its SHA-256. Equal content gives equal bytes.
 
     (The library's own writer puts metadata in a random order.) Tensors of any device and stride; shared ones are
-    written once each. Raises UserError (disk full), DataError for a type that the format does not have.
+    written once each. `described`: tensors without memory of the same names, types and shapes, so that each of
+    `tensors` is asked for once, when it is written. Raises UserError (disk full), DataError for a type that the format
+    does not have.
     """
     # large types first, so that each tensor begins at a multiple of its item size, as the library's reader wants
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    known = tensors if described is None else described
+    names = sorted(known, key=lambda name: (-known[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in names:
-        tensor = tensors[name]
+        tensor = known[name]
         if tensor.dtype not in _NAMES or name == "__metadata__":
             raise DataError(f"cannot write tensor '{name}' of {tensor.dtype} to {path}; convert or rename it")
         end = offset + tensor.numel() * tensor.dtype.itemsize

@@ -62,7 +62,7 @@ def clean(run: RunFolder, say: Say, *, dry_run: bool = False) -> int:
     for line in report(run.name, found, dry_run):
         say(line)
     if found and not dry_run:
-        _remove(run, found)
+        remove(run, found)
     return sum(each.bytes for each in found)
 
 
@@ -185,7 +185,12 @@ def _checkpoints(run: RunFolder, experiment: Experiment) -> Iterator[Garbage]:
         keep.add(sample.checkpoint)
     for info in committed:
         if info.images_seen < newest.images_seen and info.images_seen not in keep:
-            yield _measured(RETIRED, info.path)[0]
+            yield measured(info.path)
+
+
+def measured(checkpoint: Path) -> Garbage:
+    """A checkpoint that goes for the sake of retention."""
+    return _measured(RETIRED, checkpoint)[0]
 
 
 def _measured(kind: str, path: Path) -> tuple[Garbage, float]:
@@ -204,7 +209,7 @@ def _measured(kind: str, path: Path) -> tuple[Garbage, float]:
     return Garbage(kind, path, size, files), touched
 
 
-def _remove(run: RunFolder, found: list[Garbage]) -> None:
+def remove(run: RunFolder, found: list[Garbage]) -> None:
     """Delete under the fence, so that no attempt can begin meanwhile; what went is in the journal."""
     number = claim_attempt(run, STAGE)
     fence, told = Fence.take(run, number), Journal(run, number, STAGE)

@@ -89,7 +89,7 @@ def _take_over(run: RunFolder, resolved: Resolved) -> None:
     before = load_run(run)
     differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
     if (before.identity, before.operation) != (resolved.identity, resolved.operation):
-        facts = {key: value for key, value in _facts(run).items() if key != "becoming"}
+        facts = {key: value for key, value in facts_of(run).items() if key != "becoming"}
         if differences:
             step = {"training_identity": training_identity(before), "changed": [list(each) for each in differences]}
             facts = {**facts, EXTENDED: [*facts.get(EXTENDED, ()), step]}
@@ -124,7 +124,7 @@ def training_identity(resolved: Resolved) -> str:
 
 def extensions(run: RunFolder) -> dict[str, list[list[Any]]]:
     """Training identities that this run had before it was extended, each with the change: [[key, old, new], ...]."""
-    return {str(step["training_identity"]): step["changed"] for step in _facts(run).get(EXTENDED, ())}
+    return {str(step["training_identity"]): step["changed"] for step in facts_of(run).get(EXTENDED, ())}
 
 
 def load_run(run: RunFolder) -> Resolved:
@@ -132,7 +132,7 @@ def load_run(run: RunFolder) -> Resolved:
     if not run.exists():
         raise UserError(f"{run.path} is not a run folder (no config.yaml); give the name or path of a run")
     resolved = typed(loader.load(run.config_path))
-    hashes = _facts(run)
+    hashes = facts_of(run)
     if resolved.identity not in (hashes.get("identity"), hashes.get("becoming")):
         raise DataError(
             f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run "
@@ -141,7 +141,7 @@ def load_run(run: RunFolder) -> Resolved:
     return resolved
 
 
-def _facts(run: RunFolder) -> dict[str, Any]:
+def facts_of(run: RunFolder) -> dict[str, Any]:
     """The content of hashes.json. Raises DataError when it cannot be read."""
     try:
         return dict(json.loads(run.hashes_path.read_text()))

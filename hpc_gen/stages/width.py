@@ -48,13 +48,14 @@ def choose_here(config: TrainConfig) -> int:
     """
     if config.width is None:
         return config.ranks
-    gpus = _gpus()
+    gpus = num_gpus()
     if gpus:
         return choose(config, gpus, "GPUs")
     return choose(config, max(_cores() // config.threads, min(config.width)))
 
 
-def _gpus() -> int:
+def num_gpus() -> int:
+    """GPUs that this process sees; 0 on a CPU."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

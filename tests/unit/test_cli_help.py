@@ -38,6 +38,7 @@ def commands() -> dict[str, object]:
 COMMANDS = commands()
 CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "preempt", "resume", "shards fetch",
             "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights fetch", "weights import", "weights export", "metrics stats",
+            "checkpoints convert", "checkpoints prune", "prove-resume",
             "fork", "gc", "lab start", "lab stop", "submit", "containers build"]  # fmt: skip
 
 
@@ -60,7 +61,8 @@ def test_all_commands_are_there() -> None:
         "demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "status", "preempt", "resume", "doctor",
         "config show", "config schema", "shards fetch", "shards info", "shards verify", "weights fetch",
         "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights list", "weights verify", "weights import", "weights export",
-        "checkpoints list", "checkpoints verify", "metrics stats", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
+        "checkpoints list", "checkpoints verify", "checkpoints convert", "checkpoints prune", "prove-resume",
+        "metrics stats", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
         "containers build", "containers check",
     }  # fmt: skip
 

@@ -68,10 +68,10 @@ def test_without_a_width_ranks_say_it() -> None:
 
 def test_too_little_is_refused_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = config("train.width=[2,4]")
-    monkeypatch.setattr(width, "_gpus", lambda: 1)
+    monkeypatch.setattr(width, "num_gpus", lambda: 1)
     with pytest.raises(UserError, match=r"allows no less than 2 ranks, and there are 1 GPUs; ask for more, or allow 1"):
         width.choose_here(wide)
-    monkeypatch.setattr(width, "_gpus", lambda: 5)
+    monkeypatch.setattr(width, "num_gpus", lambda: 5)
     assert width.choose_here(wide) == 4
 
 
@@ -79,7 +79,7 @@ def test_too_little_is_refused_with_what_there_is(monkeypatch: pytest.MonkeyPatc
 def test_on_a_cpu_each_rank_gets_its_threads(
     cores: int, threads: int, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(width, "_gpus", lambda: 0)
+    monkeypatch.setattr(width, "num_gpus", lambda: 0)
     monkeypatch.setattr(width, "_cores", lambda: cores)
     assert width.choose_here(config("train.width=[2,4,8]", f"train.threads={threads}")) == ranks
 
@@ -113,7 +113,7 @@ def test_ranks_of_srun_and_torchrun_are_counted_before_an_attempt_is_claimed(
 
 
 def test_the_plan_names_the_ranks_that_would_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(width, "_gpus", lambda: 0)
+    monkeypatch.setattr(width, "num_gpus", lambda: 0)
     monkeypatch.setattr(width, "_cores", lambda: 3)
     run = RunFolder(tmp_path / "runs" / "wide")
     lines = runner.plan(run, experiments.resolved(*WIDE, "train.width=[1,2,4]"), ["train"])

@@ -151,9 +151,11 @@ class CheckpointChain:
             size = self.write(images_seen, self._host, facts)
             self.committed_images = images_seen
             write_s = clock.monotonic() - begun
-            self._journal.event(
-                "save_committed", images_seen=images_seen, bytes=size, stall_s=stall_s, write_s=write_s
-            )
+            told = {"images_seen": images_seen, "bytes": size, "stall_s": stall_s, "write_s": write_s}
+            if self._ranks.is_main:  # what was committed, for when retention has removed it
+                told["manifest"] = read.manifest_sha256(self._final(images_seen))
+                told["digest"] = facts.get("digest")
+            self._journal.event("save_committed", **told)
         except BaseException as error:  # handed to the loop by wait(); nothing is swallowed
             self._journal.event("save_failed", images_seen=images_seen, error=str(error))
             self._error = error
@@ -163,7 +165,7 @@ class CheckpointChain:
 
         Raises the same kind of error on every rank; what was staged is removed then, so a full disk is not kept full.
         """
-        final = self._run.checkpoints / f"{images_seen:012d}"
+        final = self._final(images_seen)
         # the attempt is part of the name: a zombie of the attempt before must not stage into our folder
         attempt = self._fence.attempt if self._fence is not None else 0
         staging = self._run.checkpoints / f".tmp-{final.name}-{attempt:04d}"
@@ -180,6 +182,9 @@ class CheckpointChain:
             self._clean(staging)
             raise
         return sum(int(entry["bytes"]) for entry in files.values())
+
+    def _final(self, images_seen: int) -> Path:
+        return self._run.checkpoints / f"{images_seen:012d}"
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Rank 0 acts, the others wait; its failure is raised on every rank, so that none waits for it for ever."""

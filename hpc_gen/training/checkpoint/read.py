@@ -15,12 +15,13 @@ from hpc_gen.training.checkpoint import manifest, storage
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One committed checkpoint: its place on the clock, its folder, and its size in bytes by the manifest."""
+    """One committed checkpoint: its place on the clock, its folder, and what its manifest says: size, ranks, engine."""
 
     images_seen: int
     path: Path
     bytes: int
     world_size: int
+    engine: str = ""
 
 
 def list_checkpoints(run: RunFolder) -> list[CheckpointInfo]:
@@ -36,7 +37,8 @@ def list_checkpoints(run: RunFolder) -> list[CheckpointInfo]:
         except CheckpointError:
             continue  # verify() names it
         size = sum(int(file["bytes"]) for file in facts.files.values())
-        found.append(CheckpointInfo(int(path.name), path, size, facts.world_size))
+        engine = str(facts.facts.get("engine", ""))
+        found.append(CheckpointInfo(int(path.name), path, size, facts.world_size, engine))
     return sorted(found, key=lambda info: info.images_seen)
 
 
