@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hpc_gen.training.checkpoint import manifest, read, storage
 from hpc_gen.training.checkpoint.pieces import Pieces, of_flat_slice
 
 END = 96
+NUMBERS = itertools.count()  # of runs, for their names
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def in_parts(tensor: Tensor) -> Tensor | Pieces:
 @pytest.fixture
 def sharded(space: experiments.Workspace, trained: RunFolder) -> RunFolder:
     """A run with the same state at the end, in parts."""
-    run = space.run(f"parts-{len(list((space.path / 'runs').iterdir()))}")
+    run = space.run(f"parts-{next(NUMBERS)}")
     source = read.newest(trained).path
     folder = run.checkpoints / source.name
     folder.mkdir(parents=True)
@@ -144,7 +146,7 @@ def positions(run: RunFolder) -> list[int]:
 
 @pytest.fixture
 def several(space: experiments.Workspace) -> RunFolder:
-    run = space.run(f"several-{len(list((space.path / 'runs').iterdir()))}", "train.keep_last=9")
+    run = space.run(f"several-{next(NUMBERS)}", "train.keep_last=9")
     assert space.train(run) == 0
     return run
 
