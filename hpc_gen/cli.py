@@ -174,13 +174,14 @@ def status(
 ) -> None:
     """What a run has done and is doing, in plain words.
 
-    Stages, attempts, last numbers, goodput, checkpoints and disk space, from the run folder alone. Without RUN: all
-    runs of the workspace, a line each.
+    Stages, attempts, last numbers, goodput, checkpoints and disk space, from the run folder; jobs, as Slurm tells of
+    them. Without RUN: all runs of the workspace, a line each.
     """
     from hpc_gen.stages import status_view
 
     folder = run_of(run, workspace) if run is not None else None
-    status_view.tell(folder, workspace_of(workspace), as_json=json, watch=watch, every_s=every_s)
+    jobs = cli_slurm.jobs_of(folder)
+    status_view.tell(folder, workspace_of(workspace), as_json=json, watch=watch, every_s=every_s, jobs=jobs)
 
 
 @app.command(epilog=example("hpc-gen preempt demo-mnist16 --wait"))
@@ -193,11 +194,13 @@ def preempt(
 ) -> None:
     """Ask a running attempt to save and end, as Slurm would.
 
-    Nothing is lost, and `hpc-gen resume` goes on. SIGTERM is sent to an attempt on this host, one on another host
-    finds a PREEMPT file in the run folder.
+    Nothing is lost, and `hpc-gen resume` goes on; a job of Slurm requeues itself. SIGTERM is sent to an attempt on this
+    host and to the tasks of jobs, one on another host finds a PREEMPT file in the run folder.
     """
     from hpc_gen.stages import control
 
+    if cli_slurm.preempt_jobs(run_of(run, workspace), dry_run):
+        return
     ended = control.preempt(run_of(run, workspace), say, dry_run=dry_run, wait_s=timeout_s if wait else None)
     end(0 if ended else UserError.exit_code)
 
@@ -210,21 +213,29 @@ def resume(
     overrides: Overrides = None,
     workspace: Workspace = None,
     stages: Stages = None,
+    cluster: cli_slurm.ClusterIfAny = None,
+    settings: cli_slurm.Setting = None,
     dry_run: DryRun = False,
 ) -> None:
     """Go on with a run, from its folder alone.
 
     Its frozen config, the units that are committed and the newest whole checkpoint say what is left to do. Keys that
     change no number computed so far may be replaced: those marked * by `config schema`, and a larger
-    train.total_images where the learning rate is constant. For others there is `hpc-gen fork`.
+    train.total_images where the learning rate is constant. For others there is `hpc-gen fork`. --cluster submits what
+    is left to Slurm; without it, it is done here.
     """
-    from hpc_gen.stages import run_setup, runner
+    from hpc_gen.stages import control, run_setup, runner
 
     folder = run_of(run, workspace)
+    if cluster is not None:
+        cli_slurm.resume_on(cluster, folder, overrides or [], stages, settings or [], dry_run)
+        return
+    cli_slurm.refuse_queued(folder)
     if dry_run:
         _say_plan(folder, run_setup.changed(folder, overrides or []), _names(stages))
     else:
         run_setup.change_run(folder, overrides or [])
+        control.lift_stop(folder, say)
         end(runner.run_stages(folder, _names(stages), say))
 
 
@@ -233,16 +244,24 @@ cli_prove.add_to(app)
 cli_slurm.add_to(app)
 
 
-@app.command(epilog=example("hpc-gen doctor", "hpc-gen doctor --json"))
-def doctor(workspace: Workspace = None, json: Json = False) -> None:
+@app.command(epilog=example("hpc-gen doctor", "hpc-gen doctor --cluster lab --json"))
+def doctor(
+    workspace: Workspace = None,
+    json: Json = False,
+    cluster: cli_slurm.ClusterIfAny = None,
+    settings: cli_slurm.Setting = None,
+) -> None:
     """What this machine offers, and what is missing.
 
     Packages are looked at by a real import; then programs, GPUs, cores and disk space. What is missing is told with
-    what its absence means.
+    what its absence means. --cluster looks at a cluster profile and its Slurm, too.
     """
     from hpc_gen.runtime import doctor as looking
 
-    checks = looking.examine(workspace_of(workspace), lambda line: typer.echo(line, err=True))
+    root = workspace_of(workspace)
+    checks = looking.examine(root, lambda line: typer.echo(line, err=True))
+    if cluster is not None:
+        checks += cli_slurm.checks_of(cluster, root, settings or [])
     if json:
         say(looking.to_json(checks))
     else:

@@ -1,17 +1,18 @@
-"""Commands that speak with Slurm: submit a run, read its logs, cancel it."""
+"""Commands that speak with Slurm: submit a run, read its logs, cancel it; and what others ask of Slurm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hpc_gen.cli_parts import Config, DryRun, Overrides, Stages, Workspace, example, say, workspace_of
+from hpc_gen.cli_parts import Config, DryRun, Overrides, Run, Stages, Workspace, example, run_of, say, workspace_of
 
-Cluster = Annotated[
-    str, typer.Option("--cluster", "-c", metavar="NAME", help="Cluster profile: a name, or a YAML file.")
-]
+_CLUSTER = typer.Option("--cluster", "-c", metavar="NAME", help="Cluster profile: a name, or a YAML file.")
+Cluster = Annotated[str, _CLUSTER]
+ClusterIfAny = Annotated[str | None, _CLUSTER]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Key of the profile to replace, as in account=mine."),
@@ -27,6 +28,10 @@ def add_to(app: typer.Typer) -> None:
             "hpc-gen submit job_configs/demo/mnist16.yaml --cluster a100 --nodes 2 --set account=mine --dry-run",
         )
     )(submit)
+    app.command(
+        epilog=example("hpc-gen logs demo-mnist16 --follow", "hpc-gen logs demo-mnist16 --stage sample --task 3")
+    )(logs)
+    app.command(epilog=example("hpc-gen cancel demo-mnist16 --dry-run", "hpc-gen cancel demo-mnist16 --now"))(cancel)
 
 
 def submit(
@@ -45,7 +50,11 @@ def submit(
     that are preempted save, requeue themselves and go on. --dry-run prints the scripts and asks Slurm whether it would
     take them.
     """
+    import os
+
     from hpc_gen.config import loader
+    from hpc_gen.runtime.run_folder import RunFolder
+    from hpc_gen.stages import control, run_setup
     from slurm import profiles
 
     root = workspace_of(workspace)
@@ -53,29 +62,47 @@ def submit(
     wanted = list(overrides or [])
     if nodes is not None:
         wanted.append(f"train.ranks={nodes * profile.tasks_per_node}")
-    _submit(loader.load(config, wanted), root, cluster, profile, stages, dry_run)
-
-
-def _submit(resolved: Any, root: Path, cluster: str, profile: Any, stages: str | None, dry_run: bool) -> None:
-    import os
-
-    from hpc_gen.runtime.run_folder import RunFolder
-    from hpc_gen.stages import control, run_setup, runner
-    from slurm import commands, graph, submission
-
+    resolved = loader.load(config, wanted)
+    folder = RunFolder(control.runs_folder(root) / resolved.experiment.name)
     os.umask(int(profile.umask, 8))
     if dry_run:
-        folder = RunFolder(control.runs_folder(root) / resolved.experiment.name)
         resolved = run_setup.accepted(folder, run_setup.typed(resolved), root)
     else:
-        folder = runner.prepare_run(resolved, root)
-        resolved = runner.load_run(folder)
+        refuse_queued(folder)
+        run_setup.prepare_run(resolved, root)
+        resolved = run_setup.load_run(folder)
+    _submit(folder, resolved, cluster, profile, stages, dry_run)
+
+
+def resume_on(
+    cluster: str, folder: Any, overrides: list[str], stages: str | None, settings: list[str], dry_run: bool
+) -> None:
+    """Submit what is left of a run: `hpc-gen resume RUN --cluster NAME`."""
+    import os
+
+    from hpc_gen.stages import run_setup
+    from slurm import profiles
+
+    profile = profiles.load(cluster, folder.workspace, settings)
+    resolved = run_setup.changed(folder, overrides)
+    os.umask(int(profile.umask, 8))
+    if not dry_run:
+        refuse_queued(folder)
+        run_setup.change_run(folder, overrides)
+        resolved = run_setup.load_run(folder)
+    _submit(folder, resolved, cluster, profile, stages, dry_run)
+
+
+def _submit(folder: Any, resolved: Any, cluster: str, profile: Any, stages: str | None, dry_run: bool) -> None:
+    from hpc_gen.stages import runner
+    from slurm import commands, graph, submission
+
     chosen = [name for name in stages.split(",") if name] if stages else resolved.experiment.stage_order()
     for name in chosen:
         runner.check_stage(resolved, name)
     if not dry_run:
-        _download(resolved, root, chosen)
-    plans = graph.plan_stages(folder, resolved, profile, chosen, dry_run=dry_run)
+        _download(resolved, folder.workspace, chosen)
+    plans = graph.plan_stages(folder, resolved, profile, chosen, say, dry_run=dry_run)
     slurm = commands.Commands()
     if dry_run:
         from slurm import preview
@@ -98,3 +125,88 @@ def _download(resolved: Any, root: Path, stages: list[str]) -> None:
         for name in fetch.DOWNLOADS:
             if evaluate.extractor.name.partition("-")[0] == name:
                 fetch.fetch(name, root, say=say)
+
+
+def logs(
+    run: Run,
+    stage: Annotated[str | None, typer.Option("--stage", help="Only of this stage.")] = None,
+    task: Annotated[
+        int | None, typer.Option("--task", min=0, help="Only of this process of training, or task of an array.")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end of each.")] = 20,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
+    everything: Annotated[bool, typer.Option("--list", help="Only name the files.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """The end of what a run's processes have printed.
+
+    Of the stage that wrote last: the batch script and the first process of its newest job. Runs of this machine and
+    jobs of Slurm alike.
+    """
+    from slurm import logs as files
+
+    folder = run_of(run, workspace)
+    if everything:
+        for log in files.find(folder, stage, task):
+            say(f"{log.stage:<10} {log.what:<28} {log.path}")
+        return
+    chosen = files.newest(folder, stage, task)
+    for log in chosen:
+        say(f"==> {log.stage}, {log.what}: {log.path}")
+        for line in files.tail(log.path, lines):
+            say(line)
+    if follow:
+        try:
+            files.follow(chosen, say, lambda: False)
+        except KeyboardInterrupt:
+            say()
+
+
+def cancel(
+    run: Run,
+    workspace: Workspace = None,
+    now: Annotated[bool, typer.Option("--now", help="Cancel running jobs at once; what is not saved is lost.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """End a run: what is queued is cancelled, what runs saves and stops.
+
+    It does not start again by itself; `hpc-gen resume` goes on from what was saved.
+    """
+    from slurm import commands, steer
+
+    steer.cancel(run_of(run, workspace), commands.Commands(), say, now=now, dry_run=dry_run)
+
+
+# ---------------------------------------------------------------- for other commands
+
+
+def jobs_of(folder: Any) -> Callable[[], Any] | None:
+    """What `status` asks about the jobs of a run; None for one that was never submitted."""
+    if folder is None or not (folder.path / "slurm" / "jobs.json").is_file():
+        return None
+    from slurm import commands, watch
+
+    return watch.reader(folder, commands.Commands())
+
+
+def preempt_jobs(folder: Any, dry_run: bool) -> bool:
+    """Ask the running jobs of a run to save and requeue; False when it has none."""
+    from slurm import commands, steer
+
+    return steer.preempt(folder, commands.Commands(), say, dry_run=dry_run)
+
+
+def refuse_queued(folder: Any) -> None:
+    """Raise UserError for a run that is queued or running on Slurm."""
+    from slurm import commands, steer, submission
+
+    slurm = commands.Commands()
+    if steer.jobs_here(folder, slurm):
+        submission.refuse_second(folder, slurm)
+
+
+def checks_of(cluster: str, workspace: Path, settings: list[str]) -> Any:
+    """What `doctor` finds of a cluster."""
+    from slurm import commands, doctor
+
+    return doctor.examine(cluster, workspace, settings, commands.Commands())

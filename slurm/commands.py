@@ -159,7 +159,12 @@ class Commands:
 
     def version(self) -> str:
         """Slurm's version, as in "22.05.8"."""
-        return self._ask("sinfo", "--version").strip().removeprefix("slurm ").strip()
+        return self._ask("sinfo", "--version").split()[-1]
+
+    def accounting(self) -> str | None:
+        """Why sacct cannot be asked; None when it answers."""
+        answer = self._runner([self.program("sacct"), "-X", "-P", "-n", "-S", "now", "-o", "JobID"], TIMEOUT_S)
+        return None if answer.code == 0 else _reason(answer)
 
     def test_only(self, script: Path) -> tuple[bool, str]:
         """Whether Slurm could ever serve a script, and what it says: nodes and expected start, or why not."""

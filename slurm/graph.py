@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from hpc_gen.config.errors import ConfigError
 from hpc_gen.config.experiment import Experiment
 from hpc_gen.config.loader import Resolved
-from hpc_gen.runtime.errors import HpcGenError, UserError
+from hpc_gen.runtime import journal
+from hpc_gen.runtime.errors import ExitCode, HpcGenError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import outline, runner
 from hpc_gen.stages.units import Ledger, StageContext
 from slurm.batch import JobSpec, python_words
 from slurm.profiles import TRAIN, ClusterProfile
+from slurm.requeue import progress_of
 from slurm.task import StageTask
 
 
@@ -35,20 +38,45 @@ class StagePlan:
     tasks: list[StageTask]
     words: str
     correspond: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def plan_stages(
-    run: RunFolder, resolved: Resolved, profile: ClusterProfile, stages: list[str], *, dry_run: bool = False
+    run: RunFolder,
+    resolved: Resolved,
+    profile: ClusterProfile,
+    stages: list[str],
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    dry_run: bool = False,
 ) -> list[StagePlan]:
-    """The jobs of the named stages in order. Raises UserError for what the profile cannot serve."""
+    """The jobs of the named stages in order; `say` is told what needs none. Raises UserError for what cannot be served.
+
+    Stages that are done are left out, unless a stage before them is done again.
+    """
     plans: list[StagePlan] = []
     for name in stages:
-        if name == TRAIN:
+        if name == TRAIN and not plans and is_trained(run, resolved):
+            say(f"train      done already, at {_end(resolved)} images")
+        elif name == TRAIN:
             plans.append(_training(run, resolved, profile))
         else:
-            plans.append(_units(run, resolved, profile, name, plans, dry_run))
+            plan = _units(run, resolved, profile, name, plans, dry_run)
+            if plan is None:
+                say(f"{name:<10} done already, all its units are there")
+            else:
+                plans.append(plan)
     return plans
+
+
+def is_trained(run: RunFolder, resolved: Resolved) -> bool:
+    """Whether training has reached its end and its last attempt ended well."""
+    ends = [attempt.exit_code for attempt in journal.attempts(run) if attempt.stage == TRAIN] if run.exists() else []
+    return ends[-1:] == [ExitCode.DONE] and progress_of(str(run.path), TRAIN) >= _end(resolved)
+
+
+def _end(resolved: Resolved) -> int:
+    assert resolved.experiment.train is not None  # the stage is configured
+    return resolved.experiment.train.end_images
 
 
 def _training(run: RunFolder, resolved: Resolved, profile: ClusterProfile) -> StagePlan:
@@ -84,9 +112,11 @@ def _training(run: RunFolder, resolved: Resolved, profile: ClusterProfile) -> St
 
 def _units(
     run: RunFolder, resolved: Resolved, profile: ClusterProfile, stage: str, before: list[StagePlan], dry_run: bool
-) -> StagePlan:
+) -> StagePlan | None:
     width = runner.width_of(resolved, stage)
     listed = None if before else _listed(run, resolved, stage, dry_run)
+    if listed is not None and listed[2]:
+        return None
     total = listed[0] if listed is not None else _known_total(resolved.experiment, stage)
     num_tasks = _number_of_tasks(total, profile.for_stage(stage).units_per_task, width.processes)
     wanted = list(range(num_tasks))
@@ -125,8 +155,8 @@ def _corresponds(experiment: Experiment, stage: str, before: list[StagePlan], nu
     return whole and num_tasks > 1 and last.stage in own.after
 
 
-def _listed(run: RunFolder, resolved: Resolved, stage: str, dry_run: bool) -> tuple[int, list[int]] | None:
-    """(number of units, places of the missing ones) by the stage's own worker; None where it cannot say yet."""
+def _listed(run: RunFolder, resolved: Resolved, stage: str, dry_run: bool) -> tuple[int, list[int], bool] | None:
+    """(units, places of the missing ones, whether nothing is left) by the worker; None: it cannot say yet."""
     if dry_run and stage == "sample":
         return None  # its worker writes the plan of the samples
     context = StageContext(run, resolved, stage, run.workspace)
@@ -139,7 +169,8 @@ def _listed(run: RunFolder, resolved: Resolved, stage: str, dry_run: bool) -> tu
         )
     ledger = Ledger(run.ledger(stage), run.path)
     missing = {unit.name for unit in ledger.missing(units, fingerprint)}
-    return len(units), [place for place, unit in enumerate(units) if unit.name in missing]
+    places = [place for place, unit in enumerate(units) if unit.name in missing]
+    return len(units), places, not places and ledger.is_finished(fingerprint)
 
 
 def _known_total(experiment: Experiment, stage: str) -> int | None:

@@ -77,6 +77,11 @@ def monotonic() -> float:
     return _active.monotonic()
 
 
+def today() -> str:
+    """The local date, as 2026-11-27."""
+    return time.strftime("%Y-%m-%d", time.localtime(now()))
+
+
 def sleep(seconds: float) -> None:
     """Wait for `seconds`."""
     _active.sleep(seconds)

@@ -98,6 +98,13 @@ def preempt(run: RunFolder, say: Callable[[str], None], *, dry_run: bool = False
     return wait_s is None or _wait(run, found, say, wait_s)
 
 
+def lift_stop(run: RunFolder, say: Callable[[str], None]) -> None:
+    """Remove the STOP file of a run that the user wants to go on: it has had its effect."""
+    if run.stop_file.exists():
+        say(f"removing {run.stop_file}: the run goes on")
+        commit.ops.unlink(run.stop_file)
+
+
 def _wait(run: RunFolder, found: Holder, say: Callable[[str], None], wait_s: float) -> bool:
     begun = clock.monotonic()
     while clock.monotonic() - begun < wait_s:

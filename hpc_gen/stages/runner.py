@@ -257,6 +257,7 @@ def _do_units(run: RunFolder, context: StageContext, worker: UnitWorker, stop: S
     complete = all(ledger.is_committed(unit.name, fingerprint) for unit in units)
     if complete:
         worker.finish()
+        ledger.finish(fingerprint)
     return complete and (done > 0 or context.task == 0)
 
 

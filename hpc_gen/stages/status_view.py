@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from hpc_gen.runtime import clock, journal
 from hpc_gen.runtime.errors import UserError
@@ -20,6 +20,26 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN_ATTEMPTS = 8
+
+
+class JobsShown(Protocol):
+    """The jobs of a run on a cluster, as this page shows them (slurm/watch.py, which this room does not know)."""
+
+    @property
+    def over(self) -> bool:
+        """Whether none of them is queued or running."""
+        ...
+
+    def lines(self) -> list[str]:
+        """For people, a line each."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """For other programs."""
+        ...
+
+
+Jobs = Callable[[], JobsShown | None]
 _STYLES = {
     "done": "green",
     "running": "bold cyan",
@@ -120,17 +140,23 @@ def tell(
     watch: bool = False,
     every_s: float = 2.0,
     stream: TextIO | None = None,
+    jobs: Jobs | None = None,
 ) -> None:
     """Print the status of a run (None: of all runs of the workspace), once or until nothing more will change.
 
     `watch`: a terminal is redrawn every `every_s` seconds, elsewhere the text is printed when it has changed; Ctrl-C
-    ends it. Raises UserError for `watch` with JSON, or an interval that is none; ConfigError for an unreadable run.
+    ends it. `jobs` tells of the run's jobs on a cluster.
+
+    Raises UserError for `watch` with JSON, or an interval that is none; ConfigError for an unreadable run.
     """
     stream = sys.stdout if stream is None else stream
     if as_json:
         if watch:
             raise UserError("--json prints once and --watch again and again; give one of them")
         shown = StatusReader(run).read().to_json() if run is not None else _json_of_all(workspace)
+        told = jobs() if jobs is not None else None
+        if told is not None:
+            shown = {**shown, "slurm": told.to_json()}
         print(json.dumps(shown, indent=1), file=stream)
         return
     if not every_s > 0:
@@ -138,7 +164,13 @@ def tell(
     reader = StatusReader(run) if run is not None else None
 
     def read() -> Sheet:
-        return sheet(reader.read()) if reader is not None else list_sheet(*all_runs(workspace), runs_folder(workspace))
+        if reader is None:
+            return list_sheet(*all_runs(workspace), runs_folder(workspace))
+        shown, told = sheet(reader.read()), jobs() if jobs is not None else None
+        if told is None:
+            return shown
+        lines = told.lines()
+        return replace(shown, below=[*lines, *shown.below], news=(shown.news, lines), over=shown.over and told.over)
 
     if watch:
         _watch(read, every_s, stream)

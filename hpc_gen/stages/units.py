@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hpc_gen.runtime.run_folder import RunFolder
 
 
+FINISHED = "finished"  # file of a ledger: the fingerprint of the units that the stage was finished with
+
+
 @dataclass(frozen=True)
 class Unit:
     """A named, idempotent piece of work of a stage; `index` is its place in the stage's order."""
@@ -102,6 +105,18 @@ class Ledger:
     def missing(self, units: Iterable[Unit], fingerprint: str) -> list[Unit]:
         """Units that still have to be done, in order."""
         return [unit for unit in units if not self.is_committed(unit.name, fingerprint)]
+
+    def is_finished(self, fingerprint: str) -> bool:
+        """Whether what needs all units was written after these very units."""
+        try:
+            return (self.folder / FINISHED).read_text() == fingerprint
+        except OSError:
+            return False
+
+    def finish(self, fingerprint: str) -> None:
+        """Remember that the stage is finished, so that nobody need look again."""
+        if not self.is_finished(fingerprint):
+            commit.write_text(self.folder / FINISHED, fingerprint)
 
     def commit(self, unit: Unit, files: dict[str, Path], fingerprint: str) -> int:
         """Move the staged files of a unit into place, then record it; returns the bytes committed."""
