@@ -168,9 +168,9 @@ def cancel(
     now: Annotated[bool, typer.Option("--now", help="Cancel running jobs at once; what is not saved is lost.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """End a run: what is queued is cancelled, what runs saves and stops.
+    """End a run; what is at work saves its state first.
 
-    It does not start again by itself; `hpc-gen resume` goes on from what was saved.
+    What is queued is cancelled. Nothing starts again by itself; `hpc-gen resume` goes on from what was saved.
     """
     from slurm import commands, steer
 
