@@ -20,6 +20,7 @@ from hpc_gen.runtime.fence import claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import run_setup, runner
+from hpc_gen.stages.units import Ledger, StageContext
 from slurm import graph, preview, profiles, records, submission
 from slurm.commands import Commands
 from slurm.graph import StagePlan
@@ -58,11 +59,15 @@ class Bench:
         folder = self.run.path / "slurm" / "submitted"
         return {path.name.partition("_")[0]: path.read_text().splitlines() for path in folder.glob("*_submission.sh")}
 
-    def do(self, stage: str, task: int, num_tasks: int, monkeypatch: pytest.MonkeyPatch) -> int:
-        """One task of a stage, as an element of an array does it."""
-        monkeypatch.setenv("HPC_GEN_TASK", str(task))
-        monkeypatch.setenv("HPC_GEN_NUM_TASKS", str(num_tasks))
-        return runner.run_stage(self.run, stage)
+    def commit(self, stage: str, *numbers: int) -> None:
+        """These units of a stage, as tasks that died later have left them."""
+        worker = runner.make_worker(StageContext(self.run, self.resolved, stage, self.run.workspace))
+        ledger = Ledger(self.run.ledger(stage), self.run.path)
+        for unit in worker.units():
+            if unit.index in numbers:
+                staging = self.run.path / "staging" / unit.name
+                staging.mkdir(parents=True)
+                ledger.commit(unit, worker.do(unit, staging, lambda: None), worker.fingerprint())
 
 
 @pytest.fixture
@@ -98,27 +103,26 @@ def test_what_submitit_pickled_is_the_task_by_name(bench: Bench) -> None:
     assert b"slurm.task" in (folder / "101_2_submitted.pkl").read_bytes()
 
 
-def test_only_missing_units_are_submitted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for task in (0, 2, 3):
-        assert bench.do("count", task, 4, monkeypatch) == 0
+def test_only_missing_units_are_submitted(bench: Bench) -> None:
+    bench.commit("count", 0, 2, 3, 4, 6, 7)
     plans, _ = bench.plans(stages="count")
     assert (plans[0].words, plans[0].specs[0].array) == ("2 of 8 units missing", None)
     assert [(task.task, task.num_tasks) for task in plans[0].tasks] == [(1, 4)]
     plans, _ = bench.plans("stages.count.units_per_task=1", stages="count")
     assert [(task.task, task.num_tasks) for task in plans[0].tasks] == [(1, 8), (5, 8)]
-    assert bench.do("count", 5, 8, monkeypatch) == bench.do("count", 1, 8, monkeypatch) == 0
+
+
+def test_a_stage_that_is_done_needs_no_job(bench: Bench) -> None:
+    bench.commit("count", *range(7))
+    assert runner.run_stage(bench.run, "count") == 0
     assert (bench.run.path / "counted" / "count" / "sum").read_text() == "28"
     plans, _ = bench.plans(stages="count,again")
     assert bench.said[-1] == "count      done already, all its units are there"
     assert [plan.stage for plan in plans] == ["again"] and not plans[0].correspond
 
 
-def test_units_that_are_there_but_not_finished_are_finished_by_one_task(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for task in range(4):
-        bench.do("count", task, 4, monkeypatch)
-    (bench.run.ledger("count") / "finished").unlink()
+def test_units_that_are_there_but_not_finished_are_finished_by_one_task(bench: Bench) -> None:
+    bench.commit("count", *range(8))
     plans, _ = bench.plans(stages="count")
     assert plans[0].words == "all 8 units there: checks and finishes" and len(plans[0].tasks) == 1
 
