@@ -174,6 +174,7 @@ def _environment(spec: JobSpec) -> list[str]:
         '  if [ -n "$limit" ]; then limit=$(date -d "$limit" +%s 2> /dev/null); fi',
         "fi",
         'export HPC_GEN_JOB_END="${limit:-0}"',
+        f"export HPC_GEN_GRACE_S={profile.grace_s:g}",
         "export SUBMITIT_EXECUTOR=slurm",
     ]
 

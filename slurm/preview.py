@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hpc_gen.runtime.run_folder import RunFolder
-from slurm import submission
+from slurm import grace, submission
 from slurm.commands import Commands
 from slurm.executor import Executor
 from slurm.graph import StagePlan
-from slurm.profiles import ClusterProfile
+from slurm.profiles import TRAIN, ClusterProfile
 
 
 def show(
@@ -21,6 +21,8 @@ def show(
         say(text)
     for plan in plans:
         say(f"would submit  {plan.stage}: {plan.words}")
+        if plan.stage == TRAIN and run.exists():
+            say(f"grace         {grace.sentence(run, profile.grace_s)}")
     if not commands.available():
         say("not asked     Slurm is not on this machine, so nobody has checked whether it would take these jobs")
         return

@@ -15,7 +15,7 @@ from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import UserError, nearest
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import control
-from slurm import profiles, records
+from slurm import grace, profiles, records
 from slurm.batch import JobSpec, script
 from slurm.commands import Commands, LiveJob, Partition
 from slurm.executor import Executor
@@ -50,6 +50,8 @@ def submit(
         _refuse_old_code(run)
         refuse_impossible(plans, profile, commands)
         _prepare_folder(run, profile)
+        if any(plan.stage == profiles.TRAIN for plan in plans):
+            say(f"grace      {grace.sentence(run, profile.grace_s)}")
         earlier = records.read(run)
         submission = Submission(len(earlier) + 1, clock.now(), cluster, profiles.to_json(profile), [])
         try:

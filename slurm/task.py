@@ -87,6 +87,10 @@ class StageTask:
         looks = self.gpus == 1 or (env.get("SLURM_LOCALID") or "0") == "0"
         if looks and not _is_healthy(run, job, self.gpus):
             raise SystemExit(int(ExitCode.REQUEUE_ELSEWHERE))
+        if self.stage == TRAIN and (env.get("SLURM_PROCID") or "0") == "0":
+            from slurm import grace
+
+            print(f"hpc-gen: {grace.sentence(run, float(env.get('HPC_GEN_GRACE_S') or 0))}", flush=True)
         code = exit_code_of(lambda: runner.run_stage(run, self.stage), ["stage", self.run_path, self.stage])
         if code:
             raise SystemExit(code)

@@ -173,12 +173,13 @@ class TrainConfig(Section):
     """Averages of the weights by name."""
     log_every: PositiveInt = Field(json_schema_extra=OPERATION)
     """Interval of the printed line and the journal row, in images; a multiple of the global batch."""
-    save_every: PositiveInt = Field(json_schema_extra=OPERATION)
-    """Interval of checkpoints, in images; a multiple of the global batch."""
+    save_every: PositiveInt | None = Field(default=None, json_schema_extra=OPERATION)
+    """Interval of checkpoints, in images, a multiple of the global batch; null = chosen by each attempt from the
+    measured cost of a save and the time between interruptions."""
     keep_last: PositiveInt = Field(default=2, json_schema_extra=OPERATION)
     """Newest checkpoints that are kept."""
     keep_every: PositiveInt | None = Field(default=None, json_schema_extra=OPERATION)
-    """Checkpoints at multiples of this many images are kept for good; a multiple of `save_every`."""
+    """Checkpoints at multiples of this many images are kept for good; a multiple of `save_every`, if that is given."""
     validate: ValidateConfig | None = None  # type: ignore[assignment]
     """Validation during training; null = none."""
     preview: PreviewConfig | None = None
@@ -305,7 +306,9 @@ class TrainConfig(Section):
         for name, images in intervals.items():
             if images is not None and images % self.global_batch:
                 raise _not_a_multiple(name, images, "global_batch", self.global_batch)
-        if self.keep_every is not None and self.keep_every % self.save_every:
+        if self.keep_every is not None and self.keep_every % self.global_batch:
+            raise _not_a_multiple("keep_every", self.keep_every, "global_batch", self.global_batch)
+        if self.keep_every is not None and self.save_every is not None and self.keep_every % self.save_every:
             raise _not_a_multiple("keep_every", self.keep_every, "save_every", self.save_every)
         return self
 

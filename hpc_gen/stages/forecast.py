@@ -19,6 +19,7 @@ from hpc_gen.config.errors import ConfigError
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.progress import format_count
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.stages import save_interval
 from hpc_gen.stages.units import Ledger
 from hpc_gen.training.checkpoint import manifest
 
@@ -164,7 +165,7 @@ def train_need(run: RunFolder, config: TrainConfig, size: int | None = None) -> 
     if newest is not None and newest >= config.end_images:
         return None
     kept = set(range(0, config.end_images + 1, config.keep_every)[1:]) if config.keep_every else set()
-    step, end = config.save_every, config.end_images
+    step, end = config.save_every or save_interval.first(config), config.end_images
     last = {end, *range(end - end % step, 0, -step)[: config.keep_last]}
     number = len(kept | set(sorted(last)[-config.keep_last :])) + (config.validate is not None) + 1
     missing = max(1, number - len(existing))

@@ -32,7 +32,7 @@ from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
-from hpc_gen.stages import forecast, width
+from hpc_gen.stages import forecast, save_interval, width
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
 from hpc_gen.stages.initial import take_initial_weights
 from hpc_gen.stages.origin import CARRIED
@@ -70,12 +70,25 @@ def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopTok
             stop.clear_files()  # a PREEMPT that ended the attempt before has had its effect
             for folder in (run.path, run.journal, run.previews):
                 commit.sweep(folder)  # what killed attempts were writing; the chain sweeps its own
+        config = _with_interval(run, config, ranks, attempt)
         try:
             return _attempt(run, resolved, config, workspace, stop, ranks, attempt)
         finally:
             attempt.journal.close()
     finally:
         ranks.stop()
+
+
+def _with_interval(run: RunFolder, config: TrainConfig, ranks: Ranks, attempt: Attempt) -> TrainConfig:
+    """The config with an interval of saves, where it leaves that open; the same on every rank."""
+    if config.save_every is not None:
+        return config
+    chosen = ranks.broadcast_object(save_interval.choose(run, config) if ranks.is_main else None)
+    images, why = chosen
+    if ranks.is_main:
+        attempt.journal.event("save_interval", images=images, why=why)
+        print(f"train {run.name}: {why}", flush=True)
+    return config.model_copy(update={"save_every": images})
 
 
 def _train_config(resolved: Resolved) -> TrainConfig:

@@ -53,6 +53,7 @@ if [ -z "$limit" ]; then
   if [ -n "$limit" ]; then limit=$(date -d "$limit" +%s 2> /dev/null); fi
 fi
 export HPC_GEN_JOB_END="${limit:-0}"
+export HPC_GEN_GRACE_S=60
 export SUBMITIT_EXECUTOR=slurm
 
 # The step. It runs in the background, because a shell looks at its traps only between two commands.
