@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Launcher", "PendingReduction", "RankInfo", "Ranks", "detect", "expand_nodelist", "rendezvous"]
 
 _DEFAULT_TIMEOUT_S = 600.0
+_SAVE_TIMEOUT_S = 3600.0  # a rank on a slow disk keeps the others' saving threads waiting, while training goes on
 _STORE_TIMEOUT_S = 20.0
 
 
@@ -89,7 +90,7 @@ class Ranks:
                     world_size=info.world_size,
                     timeout=timeout,
                 )
-                ranks.save_group = _gloo_group(timeout)
+                ranks.save_group = _gloo_group(max(timeout, datetime.timedelta(seconds=_SAVE_TIMEOUT_S)))
                 ranks.control_group = _gloo_group(timeout)
             except RuntimeError as error:  # DistStoreError and its kin
                 raise RendezvousError(

@@ -32,6 +32,8 @@ from hpc_gen.training.guard import NonFiniteGuard, Verdict
 from hpc_gen.training.schedules import learning_rate
 from hpc_gen.training.state import TrainState
 
+WORTH_SAYING_S = 1.0  # of waiting for a slow disk; less is in the journal only
+
 
 @dataclass(frozen=True)
 class Periodic:
@@ -319,7 +321,7 @@ def _save(job: TrainJob) -> float:
 
     A failed save before it is reported and does not end the training.
     """
-    begun = clock.monotonic()
+    begun, slow = clock.monotonic(), job.chain.saving
     try:
         with spans.span("save_wait"):
             job.chain.wait()
@@ -328,6 +330,8 @@ def _save(job: TrainJob) -> float:
     except (HpcGenError, OSError, RuntimeError) as error:
         job.say(f"the save before this one failed and was given up: {error}")
     else:
+        if slow:
+            _tell_slow(job, clock.monotonic() - begun)
         if job.chain.committed_images is not None:
             job.published(job.chain.committed_images, False, False)
     if job.state.best_images >= 0:
@@ -337,6 +341,16 @@ def _save(job: TrainJob) -> float:
     with spans.span("save"):
         job.chain.save(job.state.images_seen, _everything(job), facts)
     return clock.monotonic() - begun
+
+
+def _tell_slow(job: TrainJob, waited_s: float) -> None:
+    """The disk takes longer for a checkpoint than training for what lies between two."""
+    job.journal.event("save_waited", images_seen=job.state.images_seen, waited_s=waited_s)
+    if waited_s >= WORTH_SAYING_S:
+        job.say(
+            f"at {job.state.images_seen} images training waited {waited_s:.1f} s for the checkpoint before to be "
+            "written; a larger train.save_every, or a faster disk, would spare that"
+        )
 
 
 def _everything(job: TrainJob) -> dict[str, Tensor | Pieces]:

@@ -27,6 +27,8 @@ from hpc_gen.training.checkpoint import manifest, read, storage
 from hpc_gen.training.checkpoint.host import HostBuffers
 from hpc_gen.training.checkpoint.pieces import Pieces
 
+SETTLE_S = 600.0  # longest that a failed attempt waits for the save under way
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -112,9 +114,12 @@ class CheckpointChain:
             raise error
 
     def settle(self) -> None:
-        """Let the save under way end, well or not (its error is in the journal): for the end of a failed attempt."""
+        """Let the save under way end, well or not (its error is in the journal): for the end of a failed attempt.
+
+        A rank that is gone for ever is not waited for: the thread ends with the process, and its commit with the fence.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(SETTLE_S)
 
     @property
     def saving(self) -> bool:
