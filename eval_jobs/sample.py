@@ -52,7 +52,7 @@ class SampleWorker:
         self._checkpoint = _checkpoint(source or context.run, config)
         self._device = task_device(context.task)
         self.folder = context.run.samples(config.tag)
-        self.plan = _plan(context, config, self._table, self._checkpoint, self._device)
+        self.plan = _plan(context, config, self._table, self._checkpoint, self._device).adopted(self.folder)
         self._looks = self._opened_looks()
         self.plan.write(self.folder)
         self._method: Method | None = None

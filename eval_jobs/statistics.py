@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -102,3 +103,18 @@ def _source(workspace: Path, job: StatisticsJob) -> ReferenceImages:
 def _added(total: Moments | None, features: Tensor, names: Sequence[str]) -> Moments:
     part = Moments.of(features, names)
     return part if total is None else total.merged(part)
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What a file of statistics holds, for `hpc-gen metrics show`. Raises as statistics.read."""
+    found = statistics.read(path)
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "sha256": found.sha256,
+        "features": len(found.mean),
+        "spatial": len(found.spatial.mean) if found.spatial is not None else None,
+        "images": found.count,
+    }
+    if found.provenance is None:
+        return {**facts, "made by": "it does not say: make sure yourself that its extractor is yours"}
+    return {**facts, **{name: value for name, value in found.provenance.items() if name not in ("count", "format")}}

@@ -7,7 +7,7 @@ cut their images into fixed batches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -239,8 +239,12 @@ EXTRACTORS: dict[str, SpecMaker] = {
 }
 
 
-def spec(name: str, weights: str | None, sha256: str | None, workspace: Path) -> ExtractorSpec:
+def spec(
+    name: str, weights: str | None, sha256: str | None, workspace: Path, also: Iterable[str] = ()
+) -> ExtractorSpec:
     """The extractor of that name; its weights file (path relative to the workspace) is hashed, not yet parsed.
+
+    `also`: names that others know, for the message.
 
     Raises UserError for an unknown name or a missing file, DataError for a file with another hash.
     """
@@ -248,5 +252,6 @@ def spec(name: str, weights: str | None, sha256: str | None, workspace: Path) ->
 
     known: dict[str, SpecMaker] = {**EXTRACTORS, **{each: clip.spec_of(each) for each in clip.NAMES}}
     if name not in known:
-        raise UserError(f"unknown extractor '{name}'{nearest(name, known)}; known: {', '.join(sorted(known))}")
+        names = sorted({*known, *also})
+        raise UserError(f"unknown extractor '{name}'{nearest(name, names)}; known: {', '.join(names)}")
     return known[name](weights, sha256, workspace)

@@ -27,7 +27,7 @@ def write_npz(index: SampleIndex) -> Path:
     path = index.folder / NPZ_NAME
     staged = commit.staging_path(path)
     _, height, width = index.image_shape
-    with commit.CommitStream(staged) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+    with commit.CommitStream(staged) as stream, zipfile.ZipFile(_Forward(stream), "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True) as member:
             member.write(_header((index.num_images, height, width, 3), np.dtype(np.uint8)))
             for block in index.blocks:
@@ -39,6 +39,17 @@ def write_npz(index: SampleIndex) -> Path:
                 member.write(_header(labels.shape, labels.dtype) + labels.tobytes())
     commit.commit_file(staged, path)
     return path
+
+
+class _Forward:
+    """A stream as zipfile takes it where it cannot go back to fill in sizes: it writes them behind each member."""
+
+    def __init__(self, stream: commit.CommitStream) -> None:
+        self.write, self.flush = stream.write, stream.flush
+
+    def tell(self) -> int:
+        """There is no place to tell of, which is what makes zipfile write forward only."""
+        raise io.UnsupportedOperation("tell")
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

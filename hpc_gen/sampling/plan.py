@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -143,6 +143,18 @@ class SamplePlan:
             chosen = Stream(self.seed, ROW_PURPOSE).batch(Draw((), Integers(0, self.table.rows)), ids.tolist())
             return self.table.read(chosen.numpy().reshape(-1), columns)
         return self.table.read(ids.numpy().astype(np.int64) % self.table.rows, columns)
+
+    def adopted(self, folder: Path) -> Self:
+        """This plan, under the run identity of the one in `folder` where that is all in which they differ.
+
+        The identity covers sections that no image depends on; what images depend on has fields of its own.
+        """
+        try:
+            found = read_plan(folder)
+        except (DataError, UserError):
+            return self  # `write` says what is wrong, if anything is
+        same = replace(self, run_identity=found.run_identity)
+        return same if same.hash == found.hash else self
 
     def write(self, folder: Path) -> None:
         """Write `folder/plan.json`, or check that the one there is this plan.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hpc_gen.config.experiment import EvaluateConfig, OnlineEvaluationConfig
 from hpc_gen.methods.protocol import Curve
-from hpc_gen.metrics import extractors, suite
+from hpc_gen.metrics import suite
 from hpc_gen.metrics.extractors import Extractor, Features, NetworkExtractor, joined
 from hpc_gen.metrics.moments import check_finite
 from hpc_gen.metrics.results import MetricFile
@@ -34,6 +34,7 @@ from hpc_gen.sampling.generate import PURPOSE, generate_batch, sampling_mode
 from hpc_gen.sampling.plan import SamplePlan, describe, method_hash
 from hpc_gen.sampling.preview import in_order, share_of
 from hpc_gen.stages.build import settings_of
+from hpc_gen.stages.networks import extractor_spec
 from hpc_gen.stages.reference import OpenedReference, check_image_size, open_reference
 from hpc_gen.stages.surroundings import Surroundings, measured, scalars
 
@@ -60,7 +61,7 @@ class OnlineEvaluation:
             )
         self._deadline: float | None = None
         chosen = offline.extractor
-        self._spec = extractors.spec(chosen.name, chosen.weights, chosen.sha256, around.workspace)
+        self._spec = extractor_spec(chosen.name, chosen.weights, chosen.sha256, around.workspace)
         self._opened: OpenedReference = open_reference(offline, around.workspace, self._spec, None)
         num_reference = self._opened.images.rows if self._opened.images is not None else None
         suite.check_counts(self._metrics, config.num_images, num_reference, offline.kid_subset_size)

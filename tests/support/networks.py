@@ -48,3 +48,17 @@ def write_clip(path: Path) -> str:
 
     torch.jit.trace(Whole(), torch.zeros(1)).save(str(path))
     return sha256_file(path)
+
+
+def write_dinov2(path: Path) -> str:
+    """DINOv2 ViT-S/14 with random weights as a state dict of torch.save; returns the hash."""
+    from hpc_gen.tokenizers import dinov2
+    from hpc_gen.tokenizers.dinov2_model import Dinov2
+
+    torch.manual_seed(0)
+    model = Dinov2(dinov2.PRESETS["vits14"])
+    with torch.no_grad():
+        for name in ("cls_token", "pos_embed"):
+            getattr(model, name).normal_(std=0.5)
+    torch.save(model.state_dict(), path)
+    return sha256_file(path)

@@ -145,3 +145,23 @@ def clip_names() -> tuple[str, ...]:
     from hpc_gen.metrics import clip
 
     return clip.NAMES
+
+
+def test_dinov2_features_equal_theirs(tmp_path, monkeypatch):
+    """torch-fidelity can only download DINOv2; given our network in place of the download, it computes the same."""
+    from hpc_gen.stages.networks import ClassToken, extractor_spec
+
+    sha256 = networks.write_dinov2(tmp_path / "dino.pth")
+    ours = extractor_spec("dinov2-vit-s-14", "dino.pth", sha256, tmp_path).build()
+    assert isinstance(ours.network.model, ClassToken)
+    asked = []
+    monkeypatch.setattr(torch.hub, "load", lambda *names: (asked.append(names), ours.network.model)[1])
+    theirs = fidelity._module("feature_extractor_dinov2").FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
+    images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert torch.equal(ours(images).features, theirs(images)[0]) and asked == [("facebookresearch/dinov2", "dinov2_vits14")]
+    with pytest.raises(UserError, match="'dinov2-vit-s-14' has no weights"):
+        extractor_spec("dinov2-vit-s-14", None, None, tmp_path)
+    with pytest.raises(DataError, match="set 'sha256' beside its name"):
+        extractor_spec("dinov2-vit-s-14", "dino.pth", "0" * 64, tmp_path)
+    with pytest.raises(UserError, match=r"unknown extractor 'dinov2-vit-s14' \(did you mean 'dinov2-vit-s-14'\?\)"):
+        extractor_spec("dinov2-vit-s14", "dino.pth", None, tmp_path)
