@@ -24,7 +24,7 @@ from eval_jobs.looks import (
 from hpc_gen.metrics import fidelity, suite
 from hpc_gen.metrics.results import MetricFile, MetricRecord, read
 from hpc_gen.metrics.statistics import Statistics
-from hpc_gen.runtime.errors import UserError
+from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.sampling import index as sample_index
 from hpc_gen.sampling.index import SampleIndex, read_index
@@ -38,7 +38,7 @@ SAMPLES, REFERENCE = "samples", "reference"
 
 
 @dataclass(frozen=True)
-class _Block:
+class FeatureBlock:
     """A unit: images `ids` of samples or reference, seen by one network."""
 
     name: str
@@ -52,12 +52,19 @@ class EvaluateWorker:
     """Units are blocks of features, of the samples first; `finish` turns all of them into `metrics/TAG.json`.
 
     `reference_tag` is the tag under whose features those of the reference lie (None: that of the samples), and `of` the
-    run that numbers are told of (None: the one of the context): sweeps share the first and name the second.
+    run that numbers are told of (None: the one of the context): sweeps share the first and name the second. `like`: a
+    worker of the same section, but for its tag, whose networks and reference are used.
     """
 
     stage = "evaluate"
 
-    def __init__(self, context: StageContext, reference_tag: str | None = None, of: RunFolder | None = None) -> None:
+    def __init__(
+        self,
+        context: StageContext,
+        reference_tag: str | None = None,
+        of: RunFolder | None = None,
+        like: EvaluateWorker | None = None,
+    ) -> None:
         """Look at all inputs. Raises UserError or DataError before any feature is computed."""
         config = context.experiment.evaluate
         if config is None:
@@ -68,14 +75,18 @@ class EvaluateWorker:
         self._context = context
         self._device = task_device(context.task)
         self.samples: SampleIndex = read_index(context.run.samples(config.tag))
-        self.looks = looks_of(config, context.workspace)
-        self.statistics: Statistics | None = None
-        self._images_of_reference: ReferenceImages | None = None
-        self._open_reference()
+        self.looks = like.looks if like is not None else looks_of(config, context.workspace)
+        self.statistics: Statistics | None = like.statistics if like is not None else None
+        self._images_of_reference: ReferenceImages | None = like._images_of_reference if like is not None else None
+        if like is None:
+            self._open_reference()
+        elif self.samples.image_shape != like.samples.image_shape:
+            other = like.samples.folder
+            raise DataError(f"{self.samples.folder} has images of another size than {other}; sample again")
         images = self._images_of_reference
         num_reference = images.rows if images is not None else None
         suite.check_counts(config.metrics, self.samples.num_images, num_reference, config.kid_subset_size)
-        self._blocks = [each for kind in (SAMPLES, REFERENCE) for look in self.looks for each in self._cut(look, kind)]
+        self.blocks = [each for kind in (SAMPLES, REFERENCE) for look in self.looks for each in self._cut(look, kind)]
 
     def _open_reference(self) -> None:
         """The statistics of the main network, and the images if any network needs features of them."""
@@ -96,7 +107,11 @@ class EvaluateWorker:
 
     def units(self) -> list[Unit]:
         """Blocks of the samples, then of the reference; of second networks under names of their own."""
-        return [Unit(block.name, i) for i, block in enumerate(self._blocks)]
+        return [Unit(block.name, i) for i, block in enumerate(self.blocks)]
+
+    def unit_of(self, block: FeatureBlock) -> Unit:
+        """The unit of a block."""
+        return Unit(block.name, self.blocks.index(block))
 
     def fingerprint(self) -> str:
         """Hash of what determines the features: images, extractor and its weights, batch split and threads."""
@@ -119,27 +134,29 @@ class EvaluateWorker:
     def do(self, unit: Unit, staging: Path, poll: Callable[[], None]) -> dict[str, Path]:
         """Features of one block as safetensors: `features` float32 [n, D], `ids` int64 [n], `logits` if there are."""
         set_determinism(True, self._config.threads)
-        block = self._blocks[unit.index]
+        block = self.blocks[unit.index]
         names = [self._image_name(block.kind, i) for i in block.ids]
         images = self._images(block.kind, block.ids)
         tensors = look_at(block.look, images, names, self._config.batch, self._device, poll)
         staged = staging / f"{block.number:06d}.safetensors"
-        write_features(staged, tensors, block.ids, self._fingerprint_of(block))
+        write_features(staged, tensors, block.ids, self.fingerprint_of(block))
         return {str(self._path(block)): staged}
 
     def finish(self) -> None:
         """Compute the metrics; nothing happens when the file there was made from the same features and settings."""
         path = self._run.metrics(self._config.tag)
-        fingerprint = self._metrics_fingerprint()
-        if path.exists() and read(path).fingerprint == fingerprint:
-            return
+        if not (path.exists() and read(path).fingerprint == self.metrics_fingerprint()):
+            self.measure().write(path)
+
+    def measure(self) -> MetricFile:
+        """Every metric, from the stored features. Raises DataError for features of other inputs."""
         set_determinism(True, self._config.threads)
         found: dict[str, list[MetricRecord]] = {}
         for look in self.looks:
             for metric, records in self._measured(look).items():
                 found[metric] = records
         records = tuple(record for metric in self._config.metrics for record in found[metric])
-        MetricFile(self._config.tag, fingerprint, records).write(path)
+        return MetricFile(self._config.tag, self.metrics_fingerprint(), records)
 
     def _measured(self, look: Look) -> dict[str, list[MetricRecord]]:
         """Records of each metric of one network, in one reading of its features."""
@@ -200,7 +217,8 @@ class EvaluateWorker:
             },
         }
 
-    def _metrics_fingerprint(self) -> str:
+    def metrics_fingerprint(self) -> str:
+        """Hash of what determines the metrics: features, settings, versions."""
         config = self._config
         looks = [[look.prefix, look.statistics.sha256 if look.statistics is not None else None] for look in self.looks]
         choices = [config.kid_subset_size, config.isc_split_images]
@@ -211,7 +229,7 @@ class EvaluateWorker:
             look.key != MAIN and look.statistics is None
         )
 
-    def _cut(self, look: Look, kind: str) -> list[_Block]:
+    def _cut(self, look: Look, kind: str) -> list[FeatureBlock]:
         """The blocks of one network and kind that this stage makes, in order."""
         images, size = self._images_of_reference, self._config.block_images
         if kind == REFERENCE and not self._needs_reference(look):
@@ -220,7 +238,7 @@ class EvaluateWorker:
             return []  # the sample stage has looked at them before it let go of them
         count = self.samples.num_images if kind == SAMPLES else images.rows if images is not None else 0
         ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        return [_Block(f"{look.prefix}{kind}-{i:06d}", look, kind, i, ids) for i, ids in enumerate(ranges)]
+        return [FeatureBlock(f"{look.prefix}{kind}-{i:06d}", look, kind, i, ids) for i, ids in enumerate(ranges)]
 
     def _images(self, kind: str, ids: range) -> Tensor:
         """Images uint8 [n, 3, H, W] of a block."""
@@ -234,11 +252,11 @@ class EvaluateWorker:
             return str(self.samples.path(i))
         return self._images_of_reference.name(i)
 
-    def _path(self, block: _Block) -> Path:
+    def _path(self, block: FeatureBlock) -> Path:
         tag = self._config.tag if block.kind == SAMPLES else self._reference_tag
         return self._run.features(tag) / f"{block.look.prefix}{block.kind}" / f"{block.number:06d}.safetensors"
 
-    def _fingerprint_of(self, block: _Block) -> str:
+    def fingerprint_of(self, block: FeatureBlock) -> str:
         """What a file of features says it was made of. Features of a shared reference know nothing of the samples."""
         if block.kind == REFERENCE and self._reference_tag != self._config.tag:
             config, images = self._config, self._images_of_reference
@@ -256,7 +274,7 @@ class EvaluateWorker:
             parts = self._load_sampled(look)
         else:
             blocks = self._cut(look, kind)
-            parts = [read_features(self._path(block), block.ids, self._fingerprint_of(block)) for block in blocks]
+            parts = [read_features(self._path(block), block.ids, self.fingerprint_of(block)) for block in blocks]
         found = {name: [part[name] for part in parts] for name in parts[0] if name != "ids"}
         return {name: [torch.cat(each)] if name in ("logits", "hashes") else each for name, each in found.items()}
 

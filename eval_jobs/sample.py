@@ -34,15 +34,33 @@ from hpc_gen.training.checkpoint.read import CheckpointInfo
 from hpc_gen.training.precision import set_determinism
 
 
+class Methods:
+    """The method of the checkpoint and average that were asked for last: one at a time fits into a GPU."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Path, str | None] | None = None
+        self._method: Method | None = None
+
+    def get(self, key: tuple[Path, str | None], build: Callable[[], Method]) -> Method:
+        """The method of that key, built unless it is at hand."""
+        if self._method is None or self._key != key:
+            self._method = None  # before the next one is built
+            self._key, self._method = key, build()
+        return self._method
+
+
 class SampleWorker:
     """Units are the blocks of the plan; a unit's files are its PNGs and `block.json`."""
 
     stage = "sample"
 
-    def __init__(self, context: StageContext, source: RunFolder | None = None) -> None:
+    def __init__(
+        self, context: StageContext, source: RunFolder | None = None, methods: Methods | None = None
+    ) -> None:
         """Fix the plan and write it. Raises UserError, DataError or CheckpointError before any work is done.
 
-        `source`: the run that has the checkpoints; None: the one of the context. Sweeps sample another run's.
+        `source`: the run that has the checkpoints; None: the one of the context. Sweeps sample another run's, and share
+        `methods` between their points.
         """
         config = context.experiment.sample
         if config is None:
@@ -55,7 +73,7 @@ class SampleWorker:
         self.plan = _plan(context, config, self._table, self._checkpoint, self._device).adopted(self.folder)
         self._looks = self._opened_looks()
         self.plan.write(self.folder)
-        self._method: Method | None = None
+        self._methods = methods or Methods()
         self._tell_classes()
 
     def _opened_looks(self) -> list[Look]:
@@ -139,10 +157,10 @@ class SampleWorker:
 
     def _ready_method(self) -> Method:
         """The method with the plan's weights, built when the first block needs it."""
-        if self._method is None:
-            experiment, path = self._context.experiment, self._checkpoint.path
-            self._method = trained_method(experiment, self._table, path, self.plan.ema, self._device)
-        return self._method
+        experiment, path = self._context.experiment, self._checkpoint.path
+        return self._methods.get(
+            (path, self.plan.ema), lambda: trained_method(experiment, self._table, path, self.plan.ema, self._device)
+        )
 
     @cached_property
     def _decoder(self) -> Decoder | None:
