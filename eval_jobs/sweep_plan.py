@@ -142,9 +142,13 @@ def plan(grid: SweepConfig, workspace: Path, say: Callable[[str], None] | None =
 
 
 def _with_checkpoint(point: Point, run: RunFolder) -> Point:
-    if point.get("checkpoint", "latest") != "latest":
-        return point
-    return {**point, "checkpoint": checkpoints.newest(run).images_seen}
+    wanted = point.get("checkpoint", "latest")
+    if wanted == "latest":
+        return {**point, "checkpoint": checkpoints.newest(run).images_seen}
+    if not isinstance(wanted, int):
+        raise UserError(f"checkpoint {wanted!r} of a point is neither a number of images seen nor 'latest'")
+    checkpoints.at(run, wanted)  # refused here, where it is not there
+    return point
 
 
 def _experiment(sweep: Sweep, base: Resolved, tasks: int) -> Resolved:
@@ -170,6 +174,38 @@ def _experiment(sweep: Sweep, base: Resolved, tasks: int) -> Resolved:
         "stages": [*STAGES, "report"],
     }
     return run_setup.typed(loader.loads(yaml.safe_dump(document, sort_keys=False), [], f"sweep {sweep.name}"))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the grid changes: points that are `missing` (not scored as wanted), `added` to those the folder knew before,
+    `dropped` from them; `lines` say it."""
+
+    missing: int
+    added: int
+    dropped: int
+    lines: list[str]
+
+
+def folder_of(sweep: Sweep, workspace: Path) -> RunFolder:
+    """The run folder of a sweep, there or not."""
+    return RunFolder(runs_folder(workspace) / sweep.name)
+
+
+def outlook_of(sweep: Sweep, workspace: Path) -> Outlook:
+    """Compare the wanted points with what the folder has."""
+    folder = folder_of(sweep, workspace)
+    before = read_sweep(run_setup.load_run(folder)) if folder.exists() else None
+    known = before.points if before is not None else {}
+    added = [name for name in sweep.points if name not in known]
+    dropped = [name for name in known if name not in sweep.points]
+    scored = {path.stem for path in (folder.path / "metrics").glob("p*.json")}
+    changed = before is not None and before.evaluate != sweep.evaluate
+    missing = [name for name in sweep.points if name not in scored or changed]
+    told = [f"sweep {sweep.name} of {sweep.run}: {len(sweep.points)} points, {len(missing)} to be done"]
+    told += [f"  to do      {words(sweep.points[name])}" for name in missing]
+    told += [f"  cancelled  {words(known[name])}" for name in dropped]
+    return Outlook(len(missing), len(added), len(dropped), told)
 
 
 def apply(sweep: Sweep, resolved: Resolved, workspace: Path) -> RunFolder:

@@ -71,7 +71,7 @@ def submit(
         refuse_queued(folder)
         run_setup.prepare_run(resolved, root)
         resolved = run_setup.load_run(folder)
-    _submit(folder, resolved, cluster, profile, stages, dry_run)
+    submit_folder(folder, resolved, cluster, profile, stages, dry_run)
 
 
 def resume_on(
@@ -90,10 +90,11 @@ def resume_on(
         refuse_queued(folder)
         run_setup.change_run(folder, overrides)
         resolved = run_setup.load_run(folder)
-    _submit(folder, resolved, cluster, profile, stages, dry_run)
+    submit_folder(folder, resolved, cluster, profile, stages, dry_run)
 
 
-def _submit(folder: Any, resolved: Any, cluster: str, profile: Any, stages: str | None, dry_run: bool) -> None:
+def submit_folder(folder: Any, resolved: Any, cluster: str, profile: Any, stages: str | None, dry_run: bool) -> None:
+    """Submit the stages of a run folder, or show what would be submitted; `stages`: comma-separated, None = all."""
     from hpc_gen.stages import runner
     from slurm import commands, graph, submission
 

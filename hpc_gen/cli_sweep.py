@@ -22,14 +22,16 @@ Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Key of the profile to replace.")
 ]
 
+CANCEL_S = 120.0  # until cancelled jobs are out of the queue
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
     app.command(
         epilog=example(
-            "hpc-gen sweep job_configs/demo/mnist16_sweep.yaml --dry-run",
-            "hpc-gen sweep job_configs/demo/mnist16_sweep.yaml --cluster lab",
-            "hpc-gen sweep job_configs/demo/mnist16_sweep.yaml 'axes.guidance=[1, 2]'",
+            "hpc-gen sweep job_configs/demo/sweeps/mnist16_guidance.yaml --dry-run",
+            "hpc-gen sweep job_configs/demo/sweeps/mnist16_guidance.yaml --cluster lab",
+            "hpc-gen sweep job_configs/demo/sweeps/mnist16_guidance.yaml 'axes.guidance=[1, 2]'",
         )
     )(sweep)
 
@@ -43,7 +45,7 @@ def sweep(
     table: Annotated[bool, typer.Option("--table", help="Only print what has been found so far.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Sample and score every point of a grid; only what is missing is done.
+    """Sample and score the points of a grid of settings.
 
     The file is the desired state: a line more is sampled and scored, a line less is cancelled (what was found of it
     stays on disk, and out of the table). A search goes on round by round. The sweep is a run of its own, runs/NAME: the
@@ -90,16 +92,18 @@ def _submit(wanted: Any, root: Path, cluster: str, settings: list[str], dry_run:
     """As arrays on Slurm. Jobs of a state that is no longer wanted are cancelled; what they committed stays."""
     from eval_jobs import sweep_plan
     from hpc_gen import cli_slurm
+    from hpc_gen.stages import run_setup
     from slurm import commands, profiles, submission
 
     found, resolved = sweep_plan.plan(wanted, root, say)
     outlook = _say_plan(found, root)
     profile = profiles.load(cluster, root, settings)
+    folder = sweep_plan.folder_of(found, root)
     if dry_run:
-        cli_slurm.submit_resolved(resolved, root, cluster, profile, None, dry_run=True)
+        accepted = run_setup.accepted(folder, resolved, root)
+        cli_slurm.submit_folder(folder, accepted, cluster, profile, None, dry_run=True)
         return
     slurm = commands.Commands()
-    folder = sweep_plan.folder_of(found, root)
     live = submission.live_jobs(folder, slurm) if folder.exists() else []
     folder = sweep_plan.apply(found, resolved, root)
     if live and not outlook.added:
@@ -108,14 +112,27 @@ def _submit(wanted: Any, root: Path, cluster: str, settings: list[str], dry_run:
     if live:
         say(f"{len(live)} jobs do not know the {outlook.added} new points: cancelled, and submitted with them")
         slurm.cancel(sorted({job.base_id for job in live}))
-        submission.await_end(folder, slurm)
+        _await_end(folder, slurm)
     if not outlook.missing and not outlook.added and folder.report.exists():
         say("nothing is missing")
         _tell(wanted, root)
         return
-    cli_slurm.submit_resolved(resolved, root, cluster, profile, None, dry_run=False)
+    cli_slurm.submit_folder(folder, run_setup.load_run(folder), cluster, profile, None, dry_run=False)
     if wanted.search is not None:
         say("a search goes on round by round: run the same command again when the jobs are over")
+
+
+def _await_end(folder: Any, slurm: Any) -> None:
+    """Wait until cancelled jobs have left the queue. Raises UserError when they do not."""
+    from hpc_gen.runtime import clock
+    from hpc_gen.runtime.errors import UserError
+    from slurm import submission
+
+    begun = clock.monotonic()
+    while submission.live_jobs(folder, slurm):
+        if clock.monotonic() - begun > CANCEL_S:
+            raise UserError(f"the cancelled jobs of '{folder.name}' are still there; run the same command again later")
+        clock.sleep(1.0)
 
 
 def _say_plan(found: Any, root: Path) -> Any:

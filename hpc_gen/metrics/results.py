@@ -86,6 +86,11 @@ def read(path: Path) -> MetricFile:
         ) from error
 
 
+def to_json(record: MetricRecord) -> dict[str, Any]:
+    """A record as JSON types."""
+    return asdict(record)
+
+
 def _leaves(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in sorted(facts):
         value = facts[key]

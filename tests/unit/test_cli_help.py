@@ -39,7 +39,7 @@ COMMANDS = commands()
 CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "preempt", "resume", "shards fetch",
             "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights fetch", "weights import", "weights export", "metrics stats",
             "checkpoints convert", "checkpoints prune", "prove-resume",
-            "fork", "gc", "lab start", "lab stop", "submit", "containers build", "cancel"]  # fmt: skip
+            "fork", "gc", "sweep", "lab start", "lab stop", "submit", "containers build", "cancel"]  # fmt: skip
 
 
 def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ def test_all_commands_are_there() -> None:
         "config show", "config schema", "shards fetch", "shards info", "shards verify", "weights fetch",
         "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights list", "weights verify", "weights import", "weights export",
         "checkpoints list", "checkpoints verify", "checkpoints convert", "checkpoints prune", "prove-resume",
-        "metrics stats", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
+        "metrics stats", "metrics show", "sweep", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
         "containers build", "containers check", "logs", "cancel",
     }  # fmt: skip
 
