@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,29 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
+class TensorSplit:
+    """How tensor parallelism splits a linear layer: a column split over its outputs, a row split over its inputs.
+
+    `fused`: equal projections that lie one after the other in the outputs, each of which is split by itself (q, k, v).
+    """
+
+    kind: Literal["column", "row"]
+    fused: int = 1
+
+
+@dataclass(frozen=True)
 class ParallelPlan:
-    """Where a method may be cut: module names for FSDP units, compile and activation checkpointing."""
+    """Where a method may be cut: module names for FSDP units, compile and activation checkpointing.
+
+    `tensor_splits`: linear layers by name, column splits first and row splits after what is done to each output alone;
+    the number of ways divides each of `tensor_divides` (heads, inner widths).
+    """
 
     fsdp_units: tuple[str, ...] = ()
     checkpoint_units: tuple[str, ...] = ()
     differentiates_inside: bool = False  # energy and R1 losses: refused by ZeRO-3, HSDP and compile
+    tensor_splits: Mapping[str, TensorSplit] = field(default_factory=dict)
+    tensor_divides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

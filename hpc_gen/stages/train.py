@@ -197,7 +197,7 @@ def _prepare(
     table = open_table(workspace, experiment.data.table, experiment)
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
-    refuse(method, config, ranks.world_size)
+    refuse(method, config, ranks.world_size, ranks.device.type)
     modules = materialise(method, experiment.seed) if needs_values(config, ranks) else method.roles()
     progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
     say = progress.say if ranks.is_main else (lambda line: None)

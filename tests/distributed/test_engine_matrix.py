@@ -20,6 +20,10 @@ DIAGONAL = [
     ("fsdp z2", "energy", 2, 4),
     ("fsdp z3", "standard", 4, 2),
     ("hsdp 2x2", "standard", 4, 2),
+    ("deepspeed z1", "standard", 1, 2),
+    ("deepspeed z2", "energy", 2, 1),
+    ("deepspeed z3", "standard", 4, 2),
+    ("tp 2", "standard", 4, 2),
 ]
 
 

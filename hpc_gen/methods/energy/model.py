@@ -64,18 +64,18 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads  # tensor parallelism leaves a rank some of the heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, derivatives: Derivatives = Derivatives.FIRST) -> Tensor:
         """Mixed tokens [B, N, D]."""
-        batch, tokens, width = x_BND.shape
+        batch, tokens, _ = x_BND.shape
         # Split before reshaping: the backward pass then joins three gradients and copies nothing else.
-        heads_shape = (batch, tokens, self.heads, width // self.heads)
+        heads_shape = (batch, tokens, -1, self.head_width)
         q_BHNK, k_BHNK, v_BHNK = (part.view(heads_shape).transpose(1, 2) for part in self.qkv(x_BND).chunk(3, dim=2))
         mixed_BHNK = attend(q_BHNK, k_BHNK, v_BHNK, derivatives)
-        return self.proj(mixed_BHNK.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(mixed_BHNK.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class FeedForward(nn.Module):

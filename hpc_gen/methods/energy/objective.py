@@ -26,6 +26,7 @@ from hpc_gen.methods.protocol import (
     Losses,
     ParallelPlan,
     ParameterGroup,
+    TensorSplit,
     Term,
     Turn,
 )
@@ -116,11 +117,23 @@ class EnergyDiffusion:
         return self.config.variant == "energy" and self.config.energy.learnable_step_size
 
     def parallel_plan(self, role: str) -> ParallelPlan:
-        """Each transformer block is a unit; the energy variant differentiates inside its objective."""
+        """Each transformer block is a unit, split by heads; the energy variant differentiates inside its objective."""
         assert role == ROLE, role
         blocks = tuple(f"dit.blocks.{i}" for i in range(self.config.depth))
-        inside = self.config.variant == "energy"
-        return ParallelPlan(fsdp_units=blocks, checkpoint_units=blocks, differentiates_inside=inside)
+        if self.config.variant == "energy":
+            return ParallelPlan(fsdp_units=blocks, checkpoint_units=blocks, differentiates_inside=True)
+        splits = {
+            "attn.qkv": TensorSplit("column", fused=3),
+            "attn.proj": TensorSplit("row"),
+            "mlp.fc1": TensorSplit("column"),
+            "mlp.fc2": TensorSplit("row"),
+        }
+        return ParallelPlan(
+            fsdp_units=blocks,
+            checkpoint_units=blocks,
+            tensor_splits={f"{block}.{name}": split for block in blocks for name, split in splits.items()},
+            tensor_divides=(self.config.heads, int(self.config.hidden * self.config.mlp_ratio)),
+        )
 
     def counts(self, turn: Turn, batch: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> dict[str, float]:
         """Samples of the micro-batch; groups of them where the refinement loss sums over a group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +29,32 @@ class DdpEngine(ObjectiveEngine):
         """`modules`: the method's own roles, materialised with the same values on every rank."""
         super().__init__(method, modules, config, ranks, device)
         self._buckets: dict[str, GradientBuckets] = {}
+        self._split()
         for role, module in self._modules.items():
             module.to(device)
             if self._groups[role]:
                 self._hold(role)
         self._ready()
 
+    def _split(self) -> None:
+        """Nothing is split here."""
+
     def _hold(self, role: str) -> None:
         """Parts, optimizer and buckets of a trained role, of the parameters that its module has now."""
         module = self._modules[role]
         self._parts[role] = {name: p.detach() for name, p in module.named_parameters()}
-        self._layouts[role] = {name: Layout.whole(p.shape) for name, p in module.named_parameters()}
-        optimizer = RoleOptimizer(module, self._groups[role], self._config.optimizer)
+        layouts = self._layouts.setdefault(role, {})
+        for name, parameter in module.named_parameters():
+            layouts.setdefault(name, Layout.whole(parameter.shape))
+        optimizer = RoleOptimizer(module, self._groups[role], self._config.optimizer, layouts)
         self._optimizers[role] = optimizer
         bucket_bytes = int(self._config.engine.bucket_mb * 2**20)
-        self._buckets[role] = GradientBuckets(list(optimizer.parameters.values()), self._ranks, bucket_bytes)
+        trained = list(optimizer.parameters.values())
+        self._buckets[role] = GradientBuckets(trained, self._ranks, bucket_bytes, self._reduced_over())
+
+    def _reduced_over(self) -> Any | None:
+        """The ranks that hold the same parameters; None = all."""
+        return None
 
     def _begin(self, role: str, micro_batches: int) -> None:
         self._buckets[role].begin()
