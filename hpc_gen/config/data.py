@@ -1,4 +1,4 @@
-"""Keys of the section `encode` that say where images come from."""
+"""Keys of `encode` that say where images come from, and of `data` that say how rows reach the training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hpc_gen.config.base import OPERATION, WHEN_SET, PositiveInt, Section
+from hpc_gen.config.base import OPERATION, WHEN_SET, NonEmpty, PositiveInt, Section
 from hpc_gen.config.errors import KeyProblem
 
 OWN_SOURCES = ("folder", "tar", "edm_zip", "parquet")
@@ -70,3 +70,15 @@ class SourceKeys(Section):
             what = {"folder": "the folder of the images"}.get(self.source, "the file of the images or its folder")
             raise KeyProblem("encode.source", f"'encode.source' = '{self.source}' needs 'encode.source_path', {what}")
         return self
+
+
+class FeedKeys(Section):
+    """Of `data`: how rows get from the table to the training; none changes a number."""
+
+    feed: Literal["torch", "dali"] = Field(default="torch", json_schema_extra=OPERATION)
+    """Who carries batches to the device: torch, or a DALI pipeline that copies them ahead; the bits are the same."""
+    workers: int = Field(default=0, ge=0, json_schema_extra=OPERATION)
+    """Processes per rank that read and draw ahead; 0 = a thread, which is faster wherever rows are mapped files."""
+    stage_to: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """Absolute path on a disk of the node (NVMe) to which the table is copied and verified before training; null = read
+    it where it is."""

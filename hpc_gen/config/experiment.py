@@ -20,7 +20,7 @@ from hpc_gen.config.base import (
     Section,
 )
 from hpc_gen.config.daily import InitFromConfig, NotifyConfig
-from hpc_gen.config.data import SourceKeys
+from hpc_gen.config.data import FeedKeys, SourceKeys
 from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.evaluate import EvaluateConfig, ExtractorConfig, ReferenceConfig
@@ -68,7 +68,7 @@ BUILT_IN_STAGES = ("encode", "train", "sample", "evaluate", "report")
 """Stages every experiment may have, in their order."""
 
 
-class DataConfig(Section):
+class DataConfig(FeedKeys):
     """The table that training reads."""
 
     table: NonEmpty = Field(json_schema_extra=OPERATION)

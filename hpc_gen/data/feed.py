@@ -1,5 +1,8 @@
 """The feed: micro-batches and all their randomness, prepared one prefetch thread ahead of training.
 
+The thread prepares them itself, which is fastest where rows are mapped files, or has them prepared by processes
+(data/workers.py); either way the stream is the same.
+
 Everything an iteration needs is a function of (seed, images_seen, rank, world size): the feed has no state to save,
 and starting it at any image gives the same stream. Rank r of W holds the contiguous positions
 [images_seen + r*G/W, images_seen + (r+1)*G/W) of a global batch of G, cut into micro-batches.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -20,6 +23,7 @@ from torch import Tensor
 from hpc_gen.data.ordered import Order, OrderedReader
 from hpc_gen.data.ptshard import as_bytes
 from hpc_gen.data.table import Table
+from hpc_gen.data.workers import in_workers
 from hpc_gen.runtime import clock
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.randomness import Draw, Stream
@@ -42,6 +46,7 @@ class FeedPlan:
     columns: tuple[str, ...]
     coupling_group: int = 1
     prefetch: int = 4
+    workers: int = 0  # processes that prepare iterations for the thread; 0: it prepares them itself
 
     def __post_init__(self) -> None:
         """Raise UserError when the batch cannot be cut as asked."""
@@ -110,8 +115,11 @@ class Feed:
         start_images: int,
         draw_counter: int = 0,
         end_images: int | None = None,
+        move: Callable[[Iteration], Iteration] | None = None,
     ) -> None:
         """Start the thread at `start_images`; stop before `end_images` (None = endless).
+
+        `move` is applied to every iteration in the thread: what carries it to a device, say (data/dali_feed.py).
 
         `turn_draws(images_seen)` gives (purpose, draws) of each turn of an iteration; it is called in the thread.
         `draw_counter` is the k of every stream (higher after a rollback, so that the noise is not the same again).
@@ -130,6 +138,8 @@ class Feed:
         self._streams: dict[str, Stream] = {}
         self._queue: queue.Queue[Iteration | BaseException | None] = queue.Queue(plan.prefetch)
         self._closing = threading.Event()
+        self._move = move
+        self._source = self._prepared() if plan.workers == 0 else in_workers(self.prepare, plan, self._starts())
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
         self._thread.start()
@@ -179,14 +189,27 @@ class Feed:
 
     def _work(self) -> None:
         """Body of the thread: prepare iterations until the end, an error, or close()."""
-        images_seen = self._start
         try:
-            while not self._closing.is_set() and (self._end is None or images_seen < self._end):
-                self._put(self.prepare(images_seen))
-                images_seen += self._plan.global_batch
+            for iteration in self._source:
+                self._put(iteration if self._move is None else self._move(iteration))
+                if self._closing.is_set():
+                    break
             self._put(None)
         except BaseException as error:  # handed to the caller, who re-raises it in __next__
             self._put(error)
+        finally:
+            self._source.close()  # ends the worker processes
+
+    def _starts(self) -> Iterator[int]:
+        """Images seen before each iteration."""
+        images_seen = self._start
+        while self._end is None or images_seen < self._end:
+            yield images_seen
+            images_seen += self._plan.global_batch
+
+    def _prepared(self) -> Generator[Iteration, None, None]:
+        for images_seen in self._starts():
+            yield self.prepare(images_seen)
 
     def _put(self, item: Iteration | BaseException | None) -> None:
         while not self._closing.is_set():

@@ -17,6 +17,8 @@ import torch
 from hpc_gen.config import loader
 from hpc_gen.config.experiment import Experiment, TrainConfig
 from hpc_gen.config.loader import Resolved
+from hpc_gen.data import staging
+from hpc_gen.data.dali_feed import DaliMover
 from hpc_gen.data.feed import Feed, FeedPlan
 from hpc_gen.data.order import BlockShuffle
 from hpc_gen.data.table import Table
@@ -182,6 +184,21 @@ def _tell(job: loop.TrainJob, ended: Stop | None) -> None:
         job.say(f"train: stopped at {seen} images ({ended.detail}); the state is saved, `hpc-gen resume` goes on")
 
 
+def _table_folder(experiment: Experiment, workspace: Path, stop: StopToken, ranks: Ranks, attempt: Attempt) -> str:
+    """Where this process reads the training table: its copy on a disk of the node if `data.stage_to` says so."""
+    data = experiment.data
+    if data.stage_to is None:
+        return data.table
+
+    def say(line: str) -> None:
+        attempt.journal.event("staging", what=line)
+        if ranks.is_main:
+            print(line, flush=True)
+
+    root = staging.check_root(data.stage_to)
+    return str(staging.stage(workspace / data.table, root, say, lambda: stop.poll() is not None))
+
+
 def _prepare(
     run: RunFolder,
     resolved: Resolved,
@@ -194,7 +211,7 @@ def _prepare(
     """Table, method, engine, chain and feed of one attempt, restored to the newest whole checkpoint."""
     experiment = resolved.experiment
     set_determinism(config.deterministic, config.threads)
-    table = open_table(workspace, experiment.data.table, experiment)
+    table = open_table(workspace, _table_folder(experiment, workspace, stop, ranks, attempt), experiment)
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
     refuse(method, config, ranks.world_size, ranks.device.type)
@@ -220,7 +237,9 @@ def _prepare(
         columns=tuple(method.columns()),
         coupling_group=config.coupling_group,
         prefetch=experiment.data.prefetch,
+        workers=experiment.data.workers,
     )
+    move = DaliMover(ranks.device) if experiment.data.feed == "dali" else None
     order = BlockShuffle(table.shard_rows, experiment.seed, experiment.data.shuffle_shards)
 
     def turn_draws(images_seen: int) -> list[tuple[str, Mapping[str, Any]]]:
@@ -228,7 +247,7 @@ def _prepare(
         return [(turn.purpose, method.draws(turn)) for turn in turns]
 
     def open_feed(start_images: int, draw_counter: int) -> Feed:
-        return Feed(table, order, plan, turn_draws, start_images, draw_counter, config.end_images)
+        return Feed(table, order, plan, turn_draws, start_images, draw_counter, config.end_images, move)
 
     facts = training_facts(resolved, table, engine.name)
     if taken is not None:
