@@ -18,6 +18,7 @@ from hpc_gen.cli_parts import (
     Run,
     Stages,
     Workspace,
+    WorldSize,
     end,
     example,
     print_json,
@@ -70,6 +71,7 @@ def demo(
     epilog=example(
         "hpc-gen run job_configs/demo/mnist16.yaml",
         "hpc-gen run job_configs/demo/mnist16.yaml name=quick train.total_images=6400 --dry-run",
+        "hpc-gen run job_configs/demo/mnist16.yaml --dry-run --world-size 4",
     )
 )
 def run(
@@ -78,6 +80,7 @@ def run(
     workspace: Workspace = None,
     stages: Stages = None,
     dry_run: DryRun = False,
+    world_size: WorldSize = None,
 ) -> None:
     """All stages of an experiment on this machine.
 
@@ -85,8 +88,10 @@ def run(
     was: done units and images are not repeated.
     """
     if dry_run:
-        _print_plan(config, overrides or [], workspace, stages)
+        _print_plan(config, overrides or [], workspace, stages, world_size)
         return
+    if world_size is not None:
+        raise UserError("--world-size is for --dry-run, which plans for any number of ranks; train.ranks starts them")
     from hpc_gen.config import loader
     from hpc_gen.stages import runner
 
@@ -95,16 +100,24 @@ def run(
     end(runner.run_stages(folder, _names(stages), say))
 
 
-def _print_plan(config: str, overrides: list[str], workspace: Path | None, stages: str | None) -> None:
+def _print_plan(
+    config: str, overrides: list[str], workspace: Path | None, stages: str | None, world_size: int | None = None
+) -> None:
     from hpc_gen.config import loader
     from hpc_gen.runtime.run_folder import RunFolder
     from hpc_gen.stages import run_setup
     from hpc_gen.stages.control import runs_folder
 
     root = workspace_of(workspace)
-    resolved = run_setup.typed(loader.load(config, overrides))
+    wide = [] if world_size is None else [f"train.ranks={world_size}"]
+    resolved = run_setup.typed(loader.load(config, [*overrides, *wide]))
     folder = RunFolder(runs_folder(root) / resolved.experiment.name)
     _say_plan(folder, run_setup.accepted(folder, resolved, root), _names(stages))
+    if wide:
+        from hpc_gen.stages import train_plan
+
+        for line in train_plan.lines(resolved, root):
+            say(f"memory      {line}")
 
 
 def _say_plan(folder: Any, resolved: Any, stages: list[str] | None) -> None:

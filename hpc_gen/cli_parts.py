@@ -22,6 +22,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY.PATH=VALUE", help="Keys that replace those of the file.", show_default=False),
 ]
+WorldSize = Annotated[
+    int | None,
+    typer.Option("--world-size", min=1, help="With --dry-run: bytes per rank and FLOPs of training on so many ranks."),
+]
 Stages = Annotated[str | None, typer.Option("--stages", help="Only these stages, as in train,sample.")]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +233,21 @@ class Ranks:
 
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def fake_ranks(world_size: int) -> Iterator[Ranks]:
+    """Rank 0 of `world_size` ranks that do not exist: process groups whose collectives do nothing, for plans."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a process that has process groups needs no fake ones"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield Ranks(RankInfo(0, world_size, 0, world_size, "python"), "fake", torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
 
 
 def _gloo_group(timeout: datetime.timedelta) -> ProcessGroup:

@@ -50,8 +50,9 @@ class Companions:
                 kept[event.attempt, place] = event.fields
 
     def pace(self, row: Row) -> dict[str, float]:
-        """`time/images_per_s` (validation and previews not counted), `time/data_wait` (share of the interval, 0 to 1)
-        and `memory/peak_bytes` of the log interval that ends at a row; nothing where none does."""
+        """`time/images_per_s` (validation and previews not counted), `time/data_wait` (share of the interval, 0 to 1),
+        `time/mfu` where it is known, and `memory/peak_bytes` of the log interval that ends at a row; nothing where none
+        does."""
         fields = self._intervals.get((row.attempt, row.images_seen))
         if fields is None:
             return {}
@@ -61,6 +62,8 @@ class Companions:
         if elapsed > 0:
             found["time/images_per_s"] = (_number(fields.get("images")) or 0.0) / elapsed
             found["time/data_wait"] = parts["data_wait_s"] / elapsed
+        if (mfu := _number(fields.get("mfu"))) is not None:
+            found["time/mfu"] = mfu
         peak = _number(fields.get("peak_bytes"))
         return found if peak is None else {**found, "memory/peak_bytes": peak}
 

@@ -41,7 +41,7 @@ from hpc_gen.stages.origin import CARRIED
 from hpc_gen.stages.periodic import cuts_at, periodic_work
 from hpc_gen.stages.run_setup import extensions, training_identity
 from hpc_gen.stages.surroundings import Surroundings
-from hpc_gen.stages.watching import watched
+from hpc_gen.stages.watching import meter, watched
 from hpc_gen.training import loop
 from hpc_gen.training.checkpoint.chain import CheckpointChain, Loaded, Retention
 from hpc_gen.training.ema import EmaSet
@@ -279,6 +279,7 @@ def _prepare(
     _check_identity(loaded, facts, extensions(run), attempt.journal)
     _go_on(run, job, loaded)
     _begin(run, job, attempt, resolved, loaded)
+    job.meter = meter(run, resolved, workspace, attempt.number, job)
     return job
 
 

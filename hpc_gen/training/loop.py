@@ -29,6 +29,7 @@ from hpc_gen.training.checkpoint.pieces import Pieces
 from hpc_gen.training.ema import EmaSet
 from hpc_gen.training.engines.base import Engine, StepResult
 from hpc_gen.training.guard import NonFiniteGuard, Verdict
+from hpc_gen.training.meter import Meter
 from hpc_gen.training.schedules import learning_rate
 from hpc_gen.training.state import TrainState
 
@@ -78,6 +79,7 @@ class TrainJob:
     cut_before: int = 0
     published: Callable[[int, bool, bool], None] = lambda images, final, preempted: None
     state: TrainState = field(default_factory=TrainState)
+    meter: Meter = field(default_factory=Meter)
 
 
 @dataclass
@@ -132,6 +134,7 @@ def train(job: TrainJob) -> Stop | None:
             if job.engine.leads_data:
                 job.state.add_digest(iteration.digest)
             spans.step_done(job.state.images_seen)
+            job.meter.step()
             timing.images += config.global_batch
             if not reserved:  # optimizers have their state only now
                 job.chain.reserve(_everything(job))
@@ -156,6 +159,7 @@ def train(job: TrainJob) -> Stop | None:
             stop = _at_intervals(job, timing, job.periodic)
     finally:
         feed.close()
+        job.meter.close()
     if job.chain.begun_images != job.state.images_seen:
         timing.save_stall += _save(job)
     begun = clock.monotonic()
@@ -287,6 +291,7 @@ def _log(job: TrainJob, timing: Timing, extra: Mapping[str, float], close: bool)
             loss=data.get("loss"),
             data_wait=timing.data_wait / elapsed if elapsed > 0 else None,
             save_stall_s=timing.save_stall,
+            mfu=job.meter.mfu(timing.images, elapsed - timing.other),
         )
         _book(job, timing)
     if job.ranks.is_main:
@@ -296,6 +301,7 @@ def _log(job: TrainJob, timing: Timing, extra: Mapping[str, float], close: bool)
 def _book(job: TrainJob, timing: Timing) -> None:
     """Write the open interval's seconds to the journal and begin the next one."""
     elapsed = clock.monotonic() - timing.begun
+    share = job.meter.mfu(timing.images, elapsed - timing.other)
     job.journal.event(
         "interval",
         images_seen=job.state.images_seen,
@@ -305,6 +311,7 @@ def _book(job: TrainJob, timing: Timing) -> None:
         save_stall_s=timing.save_stall,
         other_s=timing.other,
         peak_bytes=_peak_bytes(job.ranks.device),
+        **({} if share is None else {"mfu": share, "flops_per_image": job.meter.flops_per_image}),
     )
     spans.close_interval()
     timing.begun, timing.images = clock.monotonic(), 0
