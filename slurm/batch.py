@@ -175,7 +175,19 @@ def _environment(spec: JobSpec) -> list[str]:
         "fi",
         'export HPC_GEN_JOB_END="${limit:-0}"',
         f"export HPC_GEN_GRACE_S={profile.grace_s:g}",
+        *_staging(spec),
         "export SUBMITIT_EXECUTOR=slurm",
+    ]
+
+
+def _staging(spec: JobSpec) -> list[str]:
+    """Where the tasks copy the training table to (slurm/staging.py)."""
+    staging = spec.profile.staging
+    if staging is None or spec.stage != TRAIN:
+        return []
+    return [
+        f"export HPC_GEN_STAGE_FOLDER={_word(staging.folder)}",
+        f"export HPC_GEN_STAGE_KEEP_GB={staging.keep_free_gb:g}",
     ]
 
 

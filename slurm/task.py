@@ -20,6 +20,10 @@ TRAIN = "train"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _leave_at_once() -> None:
     """Take signals over from submitit and let them through: until the stop token has them, there is nothing to save.
 
@@ -42,13 +46,13 @@ def _is_healthy(run: RunFolder, job: Job, gpus: int) -> bool:
 
     begun = clock.monotonic()
     wrong = probe(run, gpus)
-    print(f"hpc-gen: {'; '.join(wrong) or 'this node is well'} ({clock.monotonic() - begun:.1f} s)", flush=True)
+    _say(f"hpc-gen: {'; '.join(wrong) or 'this node is well'} ({clock.monotonic() - begun:.1f} s)")
     if wrong:
         host = env.get("SLURMD_NODENAME") or os.uname().nodename
         try:
             commit.write_text(run.path / "slurm" / "ill" / f"{job.job_id}.{job.restart_count}.{host}", "\n".join(wrong))
         except (OSError, HpcGenError) as error:
-            print(f"hpc-gen: this cannot be written down, so the node is not excluded: {error}", flush=True)
+            _say(f"hpc-gen: this cannot be written down, so the node is not excluded: {error}")
     return not wrong
 
 
@@ -69,7 +73,6 @@ class StageTask:
         """Run the stage; leaves the process with the stage's exit code unless that is 0."""
         _leave_at_once()
         from hpc_gen.cli_errors import exit_code_of
-        from hpc_gen.stages import runner
 
         if self.stage == TRAIN:
             import hpc_gen.stages.train  # noqa: F401 - seconds of imports, in which a signal is still answered at once
@@ -77,21 +80,28 @@ class StageTask:
         env.set_default("HPC_GEN_TASK", str(self.task))
         env.set_default("HPC_GEN_NUM_TASKS", str(self.num_tasks))
         job = Job.current()
-        print(
+        _say(
             f"hpc-gen: {self.stage} of {self.run_path}, job {job.job_id}, start {job.restart_count}, "
-            f"task {env.get('SLURM_PROCID') or 0} on {os.uname().nodename}",
-            flush=True,
+            f"task {env.get('SLURM_PROCID') or 0} on {os.uname().nodename}"
         )
         run = RunFolder(self.run_path)
-        # the first task of a node looks for all; where GPUs are bound to tasks, each for itself
-        looks = self.gpus == 1 or (env.get("SLURM_LOCALID") or "0") == "0"
-        if looks and not _is_healthy(run, job, self.gpus):
-            raise SystemExit(int(ExitCode.REQUEUE_ELSEWHERE))
-        if self.stage == TRAIN and (env.get("SLURM_PROCID") or "0") == "0":
-            from slurm import grace
-
-            print(f"hpc-gen: {grace.sentence(run, float(env.get('HPC_GEN_GRACE_S') or 0))}", flush=True)
-        code = exit_code_of(lambda: runner.run_stage(run, self.stage), ["stage", self.run_path, self.stage])
+        code = exit_code_of(lambda: self._run(run, job), ["stage", self.run_path, self.stage])
         if code:
             raise SystemExit(code)
         return code
+
+    def _run(self, run: RunFolder, job: Job) -> int:
+        """Look at the node, bring the table there, and run the stage; returns its exit code."""
+        from hpc_gen.stages import runner
+
+        local_rank = int(env.get("SLURM_LOCALID") or 0)
+        # the first task of a node looks for all; where GPUs are bound to tasks, each for itself
+        if (self.gpus == 1 or local_rank == 0) and not _is_healthy(run, job, self.gpus):
+            return int(ExitCode.REQUEUE_ELSEWHERE)
+        if self.stage == TRAIN:
+            from slurm import grace, staging
+
+            staging.stage_in(run, job, local_rank, _say)
+            if (env.get("SLURM_PROCID") or "0") == "0":
+                _say(f"hpc-gen: {grace.sentence(run, float(env.get('HPC_GEN_GRACE_S') or 0))}")
+        return runner.run_stage(run, self.stage)

@@ -103,7 +103,7 @@ def in_images(seconds: float, measured: Cost, config: TrainConfig) -> int:
 
 def first(config: TrainConfig) -> int:
     """The interval before anything is measured."""
-    return _fitting(config.total_images / FIRST_SHARE, config)
+    return _fitting(config.end_images / FIRST_SHARE, config)
 
 
 def _fitting(images: float, config: TrainConfig) -> int:
