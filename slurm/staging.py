@@ -77,8 +77,8 @@ def copy(table: Path, base: Path, name: str, keep_free_gb: float) -> tuple[Path,
     free = shutil.disk_usage(base).free
     if free - size < keep_free_gb * 1e9:
         raise DataError(
-            f"{base} has {format_count(free)}B free, the table takes {format_count(size)}B, and {keep_free_gb:g} GB must "
-            "stay free"
+            f"{base} has {format_count(free)}B free, the table takes {format_count(size)}B, and {keep_free_gb:g} GB "
+            "must stay free"
         )
     staging = commit.staging_path(place)
     try:
