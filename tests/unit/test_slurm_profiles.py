@@ -38,7 +38,7 @@ def test_gh200_is_what_its_site_wants(tmp_path: Path, monkeypatch: pytest.Monkey
     for variable, value in VARIABLES.items():
         monkeypatch.setenv(variable, value)
     profile = profiles.load("gh200", tmp_path)
-    assert (profile.tasks_per_node, profile.cpus_per_task, profile.exclusive) == (4, 72, True)
+    assert (profile.partition, profile.tasks_per_node, profile.cpus_per_task) == ("ghx4", 4, 72)
     assert profile.runtime.binds == ["/scratch/me"]
     report = profile.for_stage("report")
     assert (report.gpus, report.cpus_per_task, report.time_limit_min) == (False, 8, 30)

@@ -3,19 +3,19 @@
 #SBATCH --array=0-7%8
 #SBATCH --chdir='/w/runs/big one'
 #SBATCH --comment='/w/runs/big one'
-#SBATCH --constraint=a100
-#SBATCH --cpus-per-task=16
+#SBATCH --cpus-per-task=8
 #SBATCH --dependency=aftercorr:41
 #SBATCH --export=ALL
-#SBATCH --gpus-per-node=a100:1
+#SBATCH --gpus-per-node=1
 #SBATCH --job-name=big.sample
 #SBATCH --kill-on-invalid-dep=yes
-#SBATCH --mem=112640M
+#SBATCH --mem=24576M
+#SBATCH --mem-bind=verbose,local
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
 #SBATCH --output='/w/runs/big one/logs/%A_%a.log'
-#SBATCH --partition=gpu
+#SBATCH --partition=gpuA100x4
 #SBATCH --requeue
 #SBATCH --signal=USR2@300
 #SBATCH --time=1440
@@ -42,9 +42,6 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 cache="${TMPDIR:-/tmp}/hpc-gen-$(id -u)"
 export PYTHONPYCACHEPREFIX="$cache/bytecode"
 export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
-export NCCL_SOCKET_IFNAME=ib0
-export GLOO_SOCKET_IFNAME=ib0
-export NCCL_IB_HCA=mlx5
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # When the time limit ends the job: Slurm's signals may be a minute early or late, so tasks watch the clock.
 limit="${SLURM_JOB_END_TIME:-}"
@@ -58,7 +55,7 @@ export SUBMITIT_EXECUTOR=slurm
 
 # The step. It runs in the background, because a shell looks at its traps only between two commands.
 said=$(mktemp "${TMPDIR:-/tmp}/hpc-gen-srun.XXXXXX") || said=/dev/stderr
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=16 '--output=/w/runs/big one/logs/%A_%a_%t.log' --cpu-bind=cores apptainer exec --nv --bind /w --bind '/w/runs/big one' '/images/hpc gen.sif' python3 -I -S '/w/runs/big one/code/slurm/hold_signals.py' python3 -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=8 '--output=/w/runs/big one/logs/%A_%a_%t.log' apptainer exec --nv --bind /w --bind '/w/runs/big one' '/images/hpc gen.sif' python3 -I -S '/w/runs/big one/code/slurm/hold_signals.py' python3 -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
 step=$!
 wait "$step"
 code=$?

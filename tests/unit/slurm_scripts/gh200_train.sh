@@ -4,16 +4,16 @@
 #SBATCH --comment='/w/runs/big one'
 #SBATCH --cpus-per-task=72
 #SBATCH --dependency=afterok:41
-#SBATCH --exclusive
 #SBATCH --export=ALL
 #SBATCH --gpus-per-node=4
 #SBATCH --job-name=big.train
 #SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=589824M
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
 #SBATCH --open-mode=append
 #SBATCH --output='/w/runs/big one/logs/%j.log'
-#SBATCH --partition=normal
+#SBATCH --partition=ghx4
 #SBATCH --requeue
 #SBATCH --signal=USR2@300
 #SBATCH --time=720
