@@ -287,7 +287,7 @@ class TrainConfig(Section):
                 f"'train.coupling_group' = {self.coupling_group} does not divide {which} = {micro}; "
                 "choose whole groups",
             )
-        check_widths(self.width, self.global_batch, self.micro_batch, self.ranks)
+        check_widths(self.width, self.global_batch, self.micro_batch, self.ranks, self.engine)
         return self
 
     @model_validator(mode="after")

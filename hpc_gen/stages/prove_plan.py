@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_gen.config import loader
+from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.config.loader import Resolved
+from hpc_gen.config.width import fits_engine
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.stages import run_setup, width
 
@@ -63,7 +65,7 @@ def make(
     if kills < 1:
         raise UserError(f"--kills is {kills}; at least one kill proves something")
     sizes = tuple(world_sizes) if world_sizes else _default_sizes(train)
-    _check_sizes(sizes)
+    _check_sizes(sizes, train.engine)
     chosen = {override.partition("=")[0] for override in overrides}
     micro = train.micro_batch if "train.micro_batch" in chosen else _micro(train)
     batch = train.global_batch if "train.global_batch" in chosen else 2 * math.lcm(*sizes) * (micro or 1)
@@ -83,12 +85,19 @@ def make(
 def _default_sizes(train: TrainConfig) -> tuple[int, ...]:
     """The experiment's own number of ranks, and another: half of it, or two beside one."""
     base = width.choose_here(train)
-    return (base, base // 2) if base > 1 else (1, 2)
+    other = base // 2 if base > 1 else 2
+    return (base, other) if fits_engine(train.engine, other) else (base,)
 
 
-def _check_sizes(sizes: Sequence[int]) -> None:
+def _check_sizes(sizes: Sequence[int], engine: EngineConfig) -> None:
     if min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise UserError(f"--world-sizes are {', '.join(map(str, sizes))}; give different numbers of ranks, at least 1")
+    for size in sizes:
+        if not fits_engine(engine, size):
+            raise UserError(
+                f"--world-sizes has {size}, which train.engine.tensor_parallel = {engine.tensor_parallel} or "
+                f"train.engine.shards = {engine.shards} does not divide; give multiples"
+            )
     gpus = width.num_gpus()
     if gpus and max(sizes) > gpus:
         raise UserError(f"--world-sizes asks for {max(sizes)} ranks and there are {gpus} GPUs; give sizes up to {gpus}")

@@ -98,12 +98,17 @@ def test_coupling_groups_stay_whole(large: Path) -> None:
         ({"kills": 0}, "--kills is 0; at least one kill proves something"),
         ({"images": 100}, "--images 100 leaves less than two batches of 16 images between 3 kills; give at least 128"),
         ({"sizes": (2, 2)}, "--world-sizes are 2, 2; give different numbers of ranks, at least 1"),
+        (
+            {"sizes": (4, 2), "engine": ("train.engine.name=fsdp", "train.engine.shards=4", "train.width=null")},
+            "--world-sizes has 2, which train.engine.tensor_parallel = 1 or train.engine.shards = 4 does not divide; give",
+        ),
         ({"sizes": (0,)}, "--world-sizes are 0; give different numbers of ranks, at least 1"),
     ],
 )
 def test_what_proves_nothing_is_refused(large: Path, arguments: dict[str, Any], sentence: str) -> None:
+    engine = arguments.pop("engine", ())
     with pytest.raises(UserError) as caught:
-        make(large, **arguments)
+        make(large, *engine, **arguments)
     assert str(caught.value).startswith(sentence)
 
 

@@ -46,10 +46,19 @@ def test_a_width_is_no_part_of_the_identity() -> None:
             ["train.width=[1,2]", "train.ranks=4"],
             r"'train.ranks' = 4 is not one of 'train.width' = \[1, 2\]; leave 'train.ranks' out",
         ),
+        (
+            ["train.width=[2,3]", "train.ranks=2", "train.engine.tensor_parallel=2"],
+            r"'train.width' allows 3 ranks, which 'train.engine.tensor_parallel' = 2 or 'train.engine.shards' = None does "
+            r"not divide; use \[2\]",
+        ),
+        (
+            ["train.width=[4,6]", "train.ranks=4", "train.engine.name=fsdp", "train.engine.shards=4"],
+            "'train.engine.shards' = 4 does not divide",
+        ),
         (["train.width=[]"], "train.width"),
         (["train.width=[0]"], "train.width"),
     ],
-    ids=["batch", "nothing fits", "twice", "no micro-batch", "other ranks", "empty", "zero"],
+    ids=["batch", "nothing fits", "twice", "no micro-batch", "other ranks", "teams", "shards", "empty", "zero"],
 )
 def test_what_cannot_share_out_the_batch_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
@@ -59,6 +68,12 @@ def test_what_cannot_share_out_the_batch_is_refused(overrides: list[str], senten
 @pytest.mark.parametrize(("places", "ranks"), [(1, 1), (2, 2), (3, 2), (5, 4), (8, 8), (64, 8)])
 def test_the_largest_width_that_is_there(places: int, ranks: int) -> None:
     assert width.choose(config("train.width=[8,1,2,4]"), places) == ranks
+
+
+def test_tensor_parallel_ranks_share_a_sample() -> None:
+    """16 images in micro-batches of 2 go over 8 teams, however many ranks a team has."""
+    wide = config("train.width=[2,4,16]", "train.ranks=2", "train.engine.tensor_parallel=2")
+    assert width.choose(wide, 20) == 16
 
 
 def test_without_a_width_ranks_say_it() -> None:
