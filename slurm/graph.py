@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hpc_gen.config.errors import ConfigError
-from hpc_gen.config.experiment import Experiment
+from hpc_gen.config.experiment import Experiment, TrainConfig
 from hpc_gen.config.loader import Resolved
 from hpc_gen.runtime import journal
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, UserError
@@ -82,32 +82,59 @@ def _end(resolved: Resolved) -> int:
 def _training(run: RunFolder, resolved: Resolved, profile: ClusterProfile) -> StagePlan:
     train = resolved.experiment.train
     assert train is not None  # the stage is configured
-    ranks = train.ranks
-    per_node = min(profile.tasks_per_node, ranks)
-    if ranks % per_node:
-        below = ranks // per_node * per_node
-        raise UserError(
-            f"train.ranks = {ranks} does not fill nodes of {per_node} processes; use {below} or "
-            f"{below + per_node}, or --nodes"
-        )
-    nodes = ranks // per_node
-    if profile.max_nodes is not None and nodes > profile.max_nodes:
-        raise UserError(
-            f"training wants {nodes} nodes of {per_node} processes and the profile allows {profile.max_nodes}; lower "
-            "train.ranks or --nodes"
-        )
+    per_node, widths = _nodes(train, profile)
+    nodes = widths[-1]
     chain = [None] if profile.requeue else [profile.chain - 1 - place for place in range(profile.chain)]
     name = _job_name(run, TRAIN, unique=not profile.requeue)
     specs = [
-        _spec(run, profile, TRAIN, name, nodes=nodes, tasks_per_node=per_node, threads=train.threads, chain_left=left)
+        _spec(
+            run,
+            profile,
+            TRAIN,
+            name,
+            nodes=nodes,
+            tasks_per_node=per_node,
+            threads=train.threads,
+            chain_left=left,
+            widths=widths if len(widths) > 1 else (),
+        )
         for left in chain
     ]
-    words = f"{nodes} node{'s' if nodes > 1 else ''} x {per_node} processes"
+    counts = " or ".join(map(str, widths))
+    words = f"{counts} node{'s' if nodes > 1 else ''} x {per_node} processes"
     if not profile.requeue:
         words += f", a chain of {len(chain)} jobs: this site allows no requeue"
     return StagePlan(
         TRAIN, specs, [StageTask(str(run.path), TRAIN, gpus=_visible_gpus(profile, TRAIN, per_node))], words
     )
+
+
+def _nodes(train: TrainConfig, profile: ClusterProfile) -> tuple[int, tuple[int, ...]]:
+    """Processes per node, and the numbers of nodes, ascending, that training may have.
+
+    One number from `train.ranks`, unless `train.width` leaves it open: then every width that fills whole nodes.
+    Raises UserError.
+    """
+    wanted = train.width if train.width is not None and train.ranks == 1 else [train.ranks]
+    per_node = min(profile.tasks_per_node, max(wanted))
+    whole = sorted({ranks // per_node for ranks in wanted if ranks % per_node == 0})
+    if not whole and len(wanted) > 1:
+        raise UserError(
+            f"none of train.width = {wanted} fills nodes of {per_node} processes; allow a multiple of {per_node}"
+        )
+    if not whole:
+        below = wanted[0] // per_node * per_node
+        raise UserError(
+            f"train.ranks = {wanted[0]} does not fill nodes of {per_node} processes; use {below} or "
+            f"{below + per_node}, or --nodes"
+        )
+    fitting = tuple(nodes for nodes in whole if profile.max_nodes is None or nodes <= profile.max_nodes)
+    if not fitting:
+        raise UserError(
+            f"training wants {whole[0]} nodes of {per_node} processes and the profile allows {profile.max_nodes}; "
+            "lower train.ranks or --nodes"
+        )
+    return per_node, fitting
 
 
 def _units(
@@ -196,6 +223,7 @@ def _spec(
     threads: int = 1,
     array: int | None = None,
     chain_left: int | None = None,
+    widths: tuple[int, ...] = (),
 ) -> JobSpec:
     return JobSpec(
         name=name,
@@ -209,6 +237,7 @@ def _spec(
         threads=threads,
         array=array,
         chain_left=chain_left,
+        widths=widths,
     )
 
 
