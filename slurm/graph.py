@@ -146,6 +146,7 @@ def _units(
         return None
     total = listed[0] if listed is not None else _known_total(resolved.experiment, stage)
     num_tasks = _number_of_tasks(total, profile.for_stage(stage).units_per_task, width.processes)
+    num_tasks = min(num_tasks, profile.max_array)
     wanted = list(range(num_tasks))
     words = f"{total} units" if total is not None else "units not known yet"
     if listed is not None:

@@ -157,6 +157,8 @@ class ClusterProfile(Section):
     container's is used."""
     parallel: PositiveInt = 32
     """Array tasks that run at the same time."""
+    max_array: PositiveInt = 1000
+    """Most tasks of one array (Slurm's MaxArraySize less one, `scontrol show config`); each then does more units."""
     stages: dict[KeyName, StageProfile] = Field(default_factory=dict)
     """What single stages ask for."""
     staging: StagingProfile | None = None
@@ -167,6 +169,20 @@ class ClusterProfile(Section):
     """Group of the run folder and of all in it; null = the user's."""
     compute_network: bool = True
     """Whether compute nodes reach the internet; false = data sets are downloaded by `submit`."""
+
+    @model_validator(mode="after")
+    def _time_to_work(self) -> ClusterProfile:
+        limits = {"time_limit_min": self.time_limit_min}
+        limits.update({f"stages.{name}.time_limit_min": own.time_limit_min for name, own in self.stages.items()
+                       if own.time_limit_min is not None})  # fmt: skip
+        for key, limit in limits.items():
+            if 2 * self.notice_s > limit * 60:
+                raise KeyProblem(
+                    key,
+                    f"'{key}' = {limit} minutes leaves too little time before the notice that comes 'notice_s' = "
+                    f"{self.notice_s} s before its end; lower 'notice_s' to {limit * 30} at most",
+                )
+        return self
 
     @model_validator(mode="after")
     def _no_secrets(self) -> ClusterProfile:

@@ -42,7 +42,7 @@ Facts = NamedTuple(
         ("failures", int),  # ends in a row, before this one, by a crash without progress
         ("retries", int),
         ("chain_left", Optional[int]),  # jobs of the chain after this one; None: the job may requeue itself
-        ("ill", List[str]),  # nodes that failed the health probe
+        ("ill", List[str]),  # nodes that failed the health probe, did not come to a collective, or that Slurm has lost
     ],
 )
 Decision = NamedTuple("Decision", [("action", str), ("code", int), ("why", str), ("nodes", List[str])])
@@ -70,8 +70,8 @@ def decide(facts):
         what = "preempted" if facts.preempted else "out of time"
         return _again(facts, "requeue", REQUEUE, "%s before it could save; the newest checkpoint stands" % what)
     if facts.failures < facts.retries and _may_retry(facts.stage, code):
-        return _again(facts, "requeue", code, "failed with code %d; tried again (%d of %d)"
-                      % (code, facts.failures + 1, facts.retries))  # fmt: skip
+        why = "failed with code %d; tried again (%d of %d)" % (code, facts.failures + 1, facts.retries)
+        return _again(facts, "elsewhere" if facts.ill else "requeue", code, why)
     return _end(code, "failed with code %d" % code)
 
 
@@ -129,16 +129,15 @@ def is_ending(shown):
 
 
 def cause_of(run, job, restart):
-    # type: (str, str, int) -> Optional[int]
-    """The exit code in the cause file of the attempt that this start of the job claimed; None: none was written."""
+    # type: (str, str, int) -> Dict[str, Any]
+    """The cause file of the attempt that this start of the job claimed; {}: none was written."""
     folder = os.path.join(run, "journal")
     names = sorted((name for name in _names(folder) if re.match(r"\d+\.attempt\Z", name)), reverse=True)
     for name in names:
         claim = _read(os.path.join(folder, name))
         if str(claim.get("job_id")) == job and int(claim.get("restart_count") or 0) == restart:
-            code = _read(os.path.join(folder, name.replace(".attempt", ".cause.json"))).get("exit_code")
-            return int(code) if isinstance(code, int) else None
-    return None
+            return _read(os.path.join(folder, name.replace(".attempt", ".cause.json")))
+    return {}
 
 
 def progress_of(run, stage):
@@ -190,6 +189,25 @@ def ill_nodes(run, job, restart):
     return sorted(name[len(start) :] for name in _names(os.path.join(run, "slurm", "ill")) if name.startswith(start))
 
 
+def blamed_nodes(cause):
+    # type: (Dict[str, Any]) -> List[str]
+    """Hosts of ranks that the others waited for in vain, by the cause file, as Slurm names nodes: without a domain."""
+    found = cause.get("blamed")
+    hosts = [str(each.get("host")) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    return sorted({host.split(".")[0] for host in hosts if host})
+
+
+def lost_nodes(text):
+    # type: (str) -> List[str]
+    """Nodes that do not answer or are out of service, from lines of `sinfo -o "%N %T"`: idle*, down, drained, fail."""
+    found = set()
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) == 2 and (words[1].endswith("*") or words[1].startswith(("down", "drain", "fail"))):
+            found.add(words[0])
+    return sorted(found)
+
+
 def _names(folder):
     # type: (str) -> List[str]
     try:
@@ -233,6 +251,7 @@ def _parser():
     parser.add_argument("--chain-left", type=int, default=None)
     parser.add_argument("--told", default="")
     parser.add_argument("--srun", default="")
+    parser.add_argument("--nodes", default="")
     return parser
 
 
@@ -244,11 +263,17 @@ def main(arguments, shown, now):
     ends, progress = history(path), progress_of(given.run, given.stage)
     preempted = is_preempted(shown)
     told = bool(given.told.split()) or is_ending(shown)
-    excluded = [node for end in ends for node in end.get("nodes", [])]
+    cause = cause_of(given.run, given.job, given.restart) if given.stage == TRAIN else {}
+    code = cause.get("exit_code")
+    ill = set(ill_nodes(given.run, given.job, given.restart))
+    if not preempted:  # else ranks are missing because Slurm has killed them
+        ill.update(blamed_nodes(cause), lost_nodes(given.nodes))
+    if ill:
+        ill.update(node for end in ends for node in end.get("nodes", []))
     facts = Facts(
         stage=given.stage,
         code=given.code,
-        cause=cause_of(given.run, given.job, given.restart) if given.stage == TRAIN else None,
+        cause=code if isinstance(code, int) else None,
         told=told,
         over_time=bool(re.search(r"\bReason=TimeLimit\b", shown)),
         preempted=preempted,
@@ -259,7 +284,7 @@ def main(arguments, shown, now):
         failures=in_a_row(ends, progress, failed=True),
         retries=given.retries,
         chain_left=given.chain_left,
-        ill=sorted({*ill_nodes(given.run, given.job, given.restart), *excluded}),
+        ill=sorted(ill),
     )
     decision = decide(facts)
     first = None

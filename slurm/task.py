@@ -86,6 +86,10 @@ class StageTask:
         )
         run = RunFolder(self.run_path)
         code = exit_code_of(lambda: self._run(run, job), ["stage", self.run_path, self.stage])
+        for (
+            number
+        ) in SIGNALS:  # Python gives signals back while it shuts down: one that comes then would be the end's code
+            signal.signal(number, signal.SIG_IGN)
         if code:
             raise SystemExit(code)
         return code

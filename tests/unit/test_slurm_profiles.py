@@ -99,6 +99,7 @@ def test_unknown_cluster(tmp_path: Path) -> None:
             "modules: ['export X=${WANDB_API_KEY}']\n",
             "mine.yaml:1: ${WANDB_API_KEY} looks like a secret, and a profile ends up in scripts that others can read; leave it out: jobs inherit the whole environment of whoever submits",
         ),
+        ("time_limit_min: 5\n", "mine.yaml:1: 'time_limit_min' = 5 minutes leaves too little time before the notice that comes 'notice_s' = 300 s before its end; lower 'notice_s' to 150 at most"),
         ("- a\n", "mine.yaml:1: an experiment is a mapping of sections such as 'train:', this file holds something else"),
     ],
 )  # fmt: skip

@@ -63,6 +63,8 @@ def _imports(path: Path) -> list[str]:
         ({"code": 143, "cause": 87}, "end", 87),
         ({"code": 86}, "requeue", 86),
         ({"code": 86, "ill": ["n3"]}, "elsewhere", 86),
+        ({"code": 137, "ill": ["n3"]}, "elsewhere", 137),
+        ({"code": 85, "ill": ["n3"]}, "requeue", 85),
         ({"code": 85, "told": True}, "end", 85),  # scancel, scontrol requeue: Slurm has decided
         ({"code": 143, "told": True}, "end", 143),
         ({"code": 85, "told": True, "over_time": True}, "requeue", 85),
@@ -184,11 +186,11 @@ def test_the_cause_is_that_of_this_very_start(tmp_path: Path) -> None:
     begin(tmp_path, 1, "7", 0, 85)
     begin(tmp_path, 2, "7", 1, 64)
     begin(tmp_path, 3, "8", 1, 75)
-    assert requeue.cause_of(str(tmp_path), "7", 0) == 85
-    assert requeue.cause_of(str(tmp_path), "7", 1) == 64
-    assert requeue.cause_of(str(tmp_path), "7", 2) is None  # killed before it could claim an attempt
+    assert requeue.cause_of(str(tmp_path), "7", 0)["exit_code"] == 85
+    assert requeue.cause_of(str(tmp_path), "7", 1)["exit_code"] == 64
+    assert requeue.cause_of(str(tmp_path), "7", 2) == {}  # killed before it could claim an attempt
     (tmp_path / "journal" / "0004.attempt").write_text("")  # killed while claiming
-    assert requeue.cause_of(str(tmp_path), "7", 1) == 64
+    assert requeue.cause_of(str(tmp_path), "7", 1)["exit_code"] == 64
 
 
 def test_starts_without_progress_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +238,28 @@ def test_ill_nodes_are_those_of_this_start_and_stay_excluded(tmp_path: Path) -> 
     (ill / "7.1.n4").write_text("node n4: ...")
     save(tmp_path, 1)
     assert ended(tmp_path, 86, 1).nodes == ["n3", "n4"]
+
+
+def test_a_host_that_the_others_waited_for_in_vain_is_left_out(tmp_path: Path) -> None:
+    begin(tmp_path, 1, "7", 0, 86)
+    cause = {
+        "exit_code": 86,
+        "blamed": [{"rank": 3, "host": "n2.cluster.site"}, {"rank": 2, "host": "n2.cluster.site"}],
+    }
+    (tmp_path / "journal" / "0001.cause.json").write_text(json.dumps(cause))
+    assert ended(tmp_path, 143, 0, "JobState=RUNNING PreemptTime=None").nodes == ["n2"]
+    # a rank that a preemption has killed is no reason to shun its node
+    preempted = ended(tmp_path / "other", 86, 0, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00")
+    assert (preempted.action, preempted.nodes) == ("requeue", [])
+
+
+def test_nodes_that_slurm_has_lost_are_left_out(tmp_path: Path) -> None:
+    states = "n1 mixed\nn2 down*\nn2 down*\nn3 idle*\nn4 drained\nn5 allocated\nn6 fail\nn7 draining\n"
+    assert requeue.lost_nodes(states) == ["n2", "n3", "n4", "n6", "n7"]
+    assert ended(tmp_path, 143, 0, nodes=states) == Decision(
+        "elsewhere", 143, "failed with code 143; tried again (1 of 1)", ["n2", "n3", "n4", "n6", "n7"]
+    )
+    assert requeue.lost_nodes("sinfo: error: something\n") == []
 
 
 SRUN = """srun: Job step aborted: Waiting up to 7 seconds for job step to finish.

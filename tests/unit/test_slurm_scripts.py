@@ -122,6 +122,7 @@ class Fake:
         self.bin.mkdir()
         self.program("squeue", 'echo "2026-11-27T08:00:00"')
         self.program("scancel", "")
+        self.program("sinfo", 'echo "n1 mixed"')
         self.scontrol()
 
     def program(self, name: str, body: str) -> None:
