@@ -56,7 +56,8 @@ lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict of config and runtime, import c
 bench: $(VENV)/.stamp-dev  ## measurements of this machine
 	@$(BIN)/python tests/bench/run.py
 
-prove: $(VENV)/.stamp-dev  ## 200 random kills, resumable; writes its table below docs/
+prove: $(VENV)/.stamp-dev  ## the matrix of engines and 200 random kills, resumable; writes their tables below docs/proofs
+	@$(BIN)/python tests/prove_engines.py
 	@$(BIN)/python tests/prove.py
 
 mutants: $(VENV)/.stamp-dev  ## seeded mistakes in the code must turn the tests red

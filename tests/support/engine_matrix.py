@@ -60,8 +60,9 @@ _INSIDE = "refused: a loss that differentiates inside its forward"
 REFUSED = {(engine, "energy"): _INSIDE for engine in ("fsdp z3", "hsdp 2x2", "deepspeed z3", "tp 2")}
 FEWEST = {"hsdp 2x2": 2, "tp 2": 2}
 
-# rounding of fp32 sums in another order, after 4 steps; what differs by more is another computation
-TOLERANCE = {"standard": 2e-5, "energy": 5e-4}
+# Rounding of fp32 sums in another order, after 4 steps: 2e-7 was measured. Tight on purpose: AdamW hides a gradient of
+# the wrong scale, and half of it in every block moved these values by 5e-6 only.
+TOLERANCE = {"standard": 1e-6, "energy": 2e-6}
 
 
 @dataclass(frozen=True)

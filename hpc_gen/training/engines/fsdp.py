@@ -60,7 +60,13 @@ class FsdpEngine(ObjectiveEngine):
 
     def _shard(self) -> None:
         """Make units of the blocks and of the rest, all on the meta device still."""
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            FSDPModule,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
 
         engine = self._config.engine
         dtype = torch.bfloat16 if engine.param_dtype == "bf16" else None
@@ -77,9 +83,10 @@ class FsdpEngine(ObjectiveEngine):
                 block = self._modules[role].get_submodule(name)
                 fully_shard(block, reshard_after_forward=engine.zero_stage == 3, **common)
         fully_shard(self._objective_module, reshard_after_forward=False, ignored_params=self._scalars, **common)
-        # gradients are sums over all ranks: the loss is divided by global counts already
-        self._objective_module.set_gradient_divide_factor(1.0)
-        self._objective_module.set_force_sum_reduction_for_comms(True)
+        for module in self._objective_module.modules():
+            if isinstance(module, FSDPModule):  # gradients are sums: the loss is divided by global counts already
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
     def _place(self) -> None:
         """Give the shards memory, and make the objective the root: whatever runs first would be it otherwise."""
