@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpc_gen.runtime import tensor_files
 from hpc_gen.runtime.errors import DataError
+from hpc_gen.tokenizers.diffusers_names import is_diffusers, to_ldm
 
 KL_VAE, DINOV2, VQGAN = "kl_vae", "dinov2", "vqgan"
 
@@ -82,7 +83,8 @@ def recognise(keys: Collection[str]) -> Kind | None:
 def read_official(path: Path, wanted: str, sha256: str | None = None) -> dict[str, Tensor]:
     """The state dict of the tokenizer `wanted` (kl_vae, dinov2, vqgan) in a file, under its own keys.
 
-    Looked for in the file itself, in each of its entries, and below the PREFIXES of something larger. Raises UserError
+    Looked for in the file itself, in each of its entries, and below the PREFIXES of something larger; an autoencoder
+    under the names of diffusers gets those of its authors. Raises UserError
     where there is no file; DataError for one that is damaged or holds something else, which is named, or several.
     """
     nested = tensor_files.read_nested(path, sha256)
@@ -93,6 +95,8 @@ def read_official(path: Path, wanted: str, sha256: str | None = None) -> dict[st
         flat = tensor_files.select(path, nested, entry)
         for prefix in ("", *PREFIXES):
             inner = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+            if wanted == KL_VAE and is_diffusers(inner):
+                inner = to_ldm(inner)
             kind = recognise(inner)
             if kind is not None and kind.name == wanted:
                 found[f"{entry}/{prefix}"] = inner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,40 @@ def test_the_same_again_does_nothing_and_others_are_refused(tmp_path: Path, offi
 GENERATOR = {"x_embedder.proj.weight": torch.zeros(4, 2, 1, 1), "feat_rope.freqs_cos": torch.zeros(2, 2)}
 
 
+DIFFUSERS = (  # LDM's name -> diffusers'
+    (r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+    (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.(q|k|v)\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
+    (r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d)\.block\.", lambda m: f".up_blocks.{2 - int(m[1])}.resnets."),
+    (r"\.up\.(\d)\.upsample\.", lambda m: f".up_blocks.{2 - int(m[1])}.upsamplers.0."),
+    (r"\.nin_shortcut\.", r".conv_shortcut."),
+    (r"coder\.norm_out\.", r"coder.conv_norm_out."),
+)
+
+
+def test_names_of_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three levels with a change of width, so that every rule has work; the matrices of the attention are its kernels."""
+    sizes = KL.model_copy(update={"ch_mult": (1, 2, 2)})
+    monkeypatch.setitem(kl_vae.PRESETS, "sd_f8", kl_vae.Preset(sizes, 0.18215, 0.0))
+    expected, renamed = weights("sd_f8"), {}
+    for name, value in expected.items():
+        for pattern, replacement in DIFFUSERS:
+            name = re.sub(pattern, replacement, name)
+        flat = ".attentions." in name and name.endswith("weight") and value.ndim == 4
+        renamed[name] = value[:, :, 0, 0] if flat else value
+    assert not {name for name in renamed if ".block." in name or ".attn_1." in name}
+    torch.save(renamed, tmp_path / "diffusion_pytorch_model.bin")
+    target = import_tokenizer("sd_f8", tmp_path / "diffusion_pytorch_model.bin", tmp_path, print)
+    found = read_tensors(target)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    torch.save({**renamed, "encoder.down_blocks.0.attentions.0.to_q.weight": torch.zeros(1)}, tmp_path / "more.bin")
+    with pytest.raises(DataError, match="has unknown 'encoder.down_blocks.0.attentions.0.to_q.weight'"):
+        import_tokenizer("sd_f8", tmp_path / "more.bin", tmp_path, print)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -149,7 +184,7 @@ GENERATOR = {"x_embedder.proj.weight": torch.zeros(4, 2, 1, 1), "feat_rope.freqs
         ({"model": GENERATOR, "ema": GENERATOR, "config": {}}, "the generator LightningDiT or GMem"),
         ({"model": {"module." + key: value for key, value in GENERATOR.items()}}, "the generator LightningDiT"),
         ({"model": {"model.map_layer0.weight": torch.zeros(1)}}, "a generator of EDM or GDD"),
-        ({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "under the names of diffusers"),
+        ({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "under the names of diffusers, not a KL"),
         ({"epoch": 3}, "holds no state dict"),
         ({"state_dict": {"something.weight": torch.zeros(1)}}, "lacks 'encoder.conv_in.weight'"),
     ],
