@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from experiments import scratch_folder
 
 from hpc_gen.data.index import ColumnInfo, ShardInfo, TableIndex
 from hpc_gen.data.ptshard import content_sha256, write_shard
@@ -45,9 +50,11 @@ def make_worker(workspace: Path, **changes: Any) -> CentroidsWorker:
     return CentroidsWorker(CentroidsOptions.model_validate(options), workspace)
 
 
-def run(workspace: Path, worker: CentroidsWorker, names: list[str] | None = None, **poll: Any) -> list[str]:
+def run(
+    workspace: Path, worker: CentroidsWorker, names: list[str] | None = None, ledger: str = "ledger", **poll: Any
+) -> list[str]:
     """What the runner does, in short; returns the units done."""
-    book, done = Ledger(workspace / "ledger", workspace), []
+    book, done = Ledger(workspace / ledger, workspace), []
     units = [unit for unit in worker.units() if names is None or unit.name in names]
     for unit in book.missing(units, worker.fingerprint()):
         staging = commit.make_folder(commit.staging_path(workspace / "staging" / unit.name))
@@ -183,3 +190,78 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
     write_shard(path, columns)
     with pytest.raises(DataError, match="'features' holds values that are not finite"):
         make_worker(tmp_path)._draw(0, lambda: None)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Do the work, dying before its file operation `number`; False when it has fewer."""
+    count = 0
+
+    def observer(name: str, path: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise Killed
+
+    commit.ops.observer = observer
+    try:
+        work()
+    except Killed:
+        return True
+    finally:
+        commit.ops.observer = None
+    return False
+
+
+def test_a_kill_at_any_operation_leaves_no_false_centroids() -> None:
+    """Whatever it dies at, there is no output or the whole one, and going on leads to the bytes of an undisturbed run."""
+    with scratch_folder() as folder:
+        make_table(folder)
+        few = {"block_rows": 25, "iterations": 3}
+        run(folder, make_worker(folder, output="whole/km.npy", **few), ledger="whole")
+        wanted = {name: (folder / "whole" / name).read_bytes() for name in ("km.npy", "km.json")}
+        number, died = 0, True
+        while died:
+            number += 1
+            output = folder / f"k{number}"
+            worker = make_worker(folder, output=f"k{number}/km.npy", **few)
+            died = killed_at(number, partial(run, folder, worker, ledger=f"l{number}"))
+            if (output / "km.npy").exists():
+                assert (output / "km.npy").read_bytes() == wanted["km.npy"]
+            if died and number % 4 == 0:  # of all, it would take seconds
+                run(folder, make_worker(folder, output=f"k{number}/km.npy", **few), ledger=f"l{number}")
+                assert {name: (output / name).read_bytes() for name in wanted} == wanted
+                assert not (output / "km.work").exists()
+        assert number > 40
+
+
+@pytest.mark.parametrize("operation", ["open_write", "write", "fsync", "rename"])
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """One sentence, no output, and the same centroids once there is room."""
+    for name in ("a", "b"):
+        make_table(tmp_path / name)
+    run(tmp_path / "a", make_worker(tmp_path / "a"))
+    there = tmp_path / "b"
+    run(there, make_worker(there), ["sample-00000"])
+
+    call = {"open_write": "open"}.get(operation, operation)
+    real = getattr(os, call)
+
+    def full(*args: object, **kwargs: object) -> object:
+        if call == "open" and not (isinstance(args[1], int) and args[1] & os.O_CREAT):
+            return real(*args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    worker = make_worker(there)
+    staging = commit.make_folder(there / "staging" / "fit")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises((UserError, OSError), match="disk is full|No space left"):
+            worker.do(worker.units()[-1], staging, lambda: None)
+    commit.remove_tree(staging)
+    assert not (there / "centroids/km_0k.npy").exists()
+    run(there, make_worker(there))
+    assert result(there) == result(tmp_path / "a")
