@@ -92,6 +92,34 @@ MUTANTS = (
         "        elif False:\n",
         ("tests/unit", "tests/distributed/test_exact_resume.py", "-k", "checkpoint or exact_resume"),
     ),
+    Mutant(
+        "positions without DINO's offset",
+        "hpc_gen/tokenizers/dinov2_model.py",
+        "OFFSET = 0.1 ",
+        "OFFSET = 0.0 ",
+        ("tests/parity/test_golden.py", "-k", "dino_tokenizer"),
+    ),
+    Mutant(
+        "snippets that are not mirrored",
+        "hpc_gen/tokenizers/dinov2.py",
+        "(FLIP, pixels.flip(-1))",
+        "(FLIP, pixels)",
+        ("tests/unit/test_dinov2.py",),
+    ),
+    Mutant(
+        "shortcut that keeps its input",
+        "hpc_gen/tokenizers/vqgan_model.py",
+        "return branch + (self.nin_shortcut(branch) if",
+        "return branch + (branch if",
+        ("tests/parity/test_golden.py", "-k", "vqgan"),
+    ),
+    Mutant(
+        "units done without a claim",
+        "hpc_gen/runtime/claims.py",
+        "            if not claims.take(unit):\n",
+        "            if not claims.take(unit) and False:\n",
+        ("tests/unit/test_claims.py",),
+    ),
 )
 
 

@@ -88,7 +88,7 @@ PACKAGES = (
     ),
     Package("wandb", "wandb", "tracking.wandb stays unused; the journal has everything; pip install -e .[tracking]"),
     Package("webdataset", "webdataset", "no tar shards; pip install -e .[webdataset]"),
-    Package("faiss-cpu", "faiss", "no k-means tokens (DiGIT); pip install -e .[faiss]"),
+    Package("faiss-cpu", "faiss", "k-means by torch, slower (DiGIT); pip install -e .[faiss]"),
     Package("deepspeed", "deepspeed", "no deepspeed engine; ddp works; pip install -e .[deepspeed]"),
     Package("megatron-core", "megatron.core", "no tensor-parallel layers; pip install -e .[deepspeed]"),
     Package("nvidia-dali-cuda130", "nvidia.dali", "images are decoded by pillow; pip install -e .[dali]"),

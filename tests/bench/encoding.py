@@ -21,7 +21,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
-TASKS, ROUNDS = 2, 3
+TASKS, ROUNDS = 2, 2
 # name -> section tokenizer, images of one unit
 NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "DINOv2 S/14, 224 of 256 pixels": (
