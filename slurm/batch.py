@@ -183,14 +183,9 @@ def _environment(spec: JobSpec) -> list[str]:
 
 
 def _staging(spec: JobSpec) -> list[str]:
-    """Where the tasks copy the training table to (slurm/staging.py)."""
-    staging = spec.profile.staging
-    if staging is None or spec.stage != TRAIN:
-        return []
-    return [
-        f"export HPC_GEN_STAGE_FOLDER={_word(staging.folder)}",
-        f"export HPC_GEN_STAGE_KEEP_GB={staging.keep_free_gb:g}",
-    ]
+    """Where the tasks copy the training table to (data/staging.py)."""
+    folder = spec.profile.stage_to
+    return [f"export HPC_GEN_STAGE_TO={_word(folder)}"] if folder is not None and spec.stage == TRAIN else []
 
 
 def _step(spec: JobSpec, command: str) -> list[str]:

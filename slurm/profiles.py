@@ -94,15 +94,6 @@ class StageProfile(Section):
     """Array tasks that run at the same time."""
 
 
-class StagingProfile(Section):
-    """Copying the training table to a disk of the node before training."""
-
-    folder: NonEmpty
-    """Folder on each node, as in /tmp or ${SLURM_TMPDIR}; expanded on the node."""
-    keep_free_gb: Annotated[float, Field(ge=0.0)] = 10.0
-    """Space that must stay free there; else the table is read from where it lies, and the log says so."""
-
-
 class ClusterProfile(Section):
     """One cluster."""
 
@@ -161,8 +152,9 @@ class ClusterProfile(Section):
     """Most tasks of one array (Slurm's MaxArraySize less one, `scontrol show config`); each then does more units."""
     stages: dict[KeyName, StageProfile] = Field(default_factory=dict)
     """What single stages ask for."""
-    staging: StagingProfile | None = None
-    """Copy of the training table on the nodes; null = it is read where it lies."""
+    stage_to: NonEmpty | None = None
+    """Folder on a disk of each node, expanded there, as in ${TMPDIR}: the training table is copied to it, if there is
+    room; null = it is read where it lies."""
     umask: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "022"
     """File mode mask of all that a run writes, as in 027."""
     group: NonEmpty | None = None

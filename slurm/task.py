@@ -95,17 +95,15 @@ class StageTask:
         return code
 
     def _run(self, run: RunFolder, job: Job) -> int:
-        """Look at the node, bring the table there, and run the stage; returns its exit code."""
+        """Look at the node and run the stage; returns its exit code."""
         from hpc_gen.stages import runner
 
         local_rank = int(env.get("SLURM_LOCALID") or 0)
         # the first task of a node looks for all; where GPUs are bound to tasks, each for itself
         if (self.gpus == 1 or local_rank == 0) and not _is_healthy(run, job, self.gpus):
             return int(ExitCode.REQUEUE_ELSEWHERE)
-        if self.stage == TRAIN:
-            from slurm import grace, staging
+        if self.stage == TRAIN and (env.get("SLURM_PROCID") or "0") == "0":
+            from slurm import grace
 
-            staging.stage_in(run, job, local_rank, _say)
-            if (env.get("SLURM_PROCID") or "0") == "0":
-                _say(f"hpc-gen: {grace.sentence(run, float(env.get('HPC_GEN_GRACE_S') or 0))}")
+            _say(f"hpc-gen: {grace.sentence(run, float(env.get('HPC_GEN_GRACE_S') or 0))}")
         return runner.run_stage(run, self.stage)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from hpc_gen import tokenizers
 from hpc_gen.config.experiment import Experiment, SampleConfig, TokenizerConfig
-from hpc_gen.data.index import INDEX_NAME, differences
+from hpc_gen.data.index import differences
 from hpc_gen.data.table import Table
 from hpc_gen.methods import registry
 from hpc_gen.methods.materialise import materialise
 from hpc_gen.methods.protocol import Method, TableFacts
-from hpc_gen.runtime import env
 from hpc_gen.runtime.errors import CheckpointError, DataError, UserError
 from hpc_gen.sampling.generate import Decoder
 
@@ -29,19 +28,12 @@ def table_facts(table: Table) -> TableFacts:
     return TableFacts(num_classes=table.index.num_classes, columns=columns, tokenizer=dict(table.index.tokenizer))
 
 
-STAGED = "HPC_GEN_STAGED"
-"""Folder on this node with copies of tables under their own names, which go before those of the workspace."""
-
-
 def open_table(workspace: Path, path: str, experiment: Experiment | None = None) -> Table:
     """The table at `path`, relative to the workspace. Raises DataError when it is not a whole table.
 
     One that does not say which tokenizer made it (other programs' shards) is taken to be of the tokenizer that
     `experiment` names; moments of which nobody knows the scale are refused with a UserError.
     """
-    staged = env.get(STAGED)
-    if staged is not None and (Path(staged) / path / INDEX_NAME).is_file():
-        workspace = Path(staged)  # the same table: found there by its identity
     table = Table.open(workspace / path)
     if experiment is None or table.index.tokenizer:
         return table

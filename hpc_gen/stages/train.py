@@ -48,6 +48,8 @@ from hpc_gen.training.ema import EmaSet
 from hpc_gen.training.engines.build import build_engine, needs_values, refuse
 from hpc_gen.training.precision import set_determinism
 
+STAGE_TO = "HPC_GEN_STAGE_TO"  # set by the batch script
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -185,9 +187,11 @@ def _tell(job: loop.TrainJob, ended: Stop | None) -> None:
 
 
 def _table_folder(experiment: Experiment, workspace: Path, stop: StopToken, ranks: Ranks, attempt: Attempt) -> str:
-    """Where this process reads the training table: its copy on a disk of the node if `data.stage_to` says so."""
+    """Where this process reads the training table: its copy on a disk of the node if `data.stage_to`, or the
+    cluster profile by STAGE_TO, says so."""
     data = experiment.data
-    if data.stage_to is None:
+    stage_to = data.stage_to or env.get(STAGE_TO)
+    if stage_to is None:
         return data.table
 
     def say(line: str) -> None:
@@ -195,7 +199,7 @@ def _table_folder(experiment: Experiment, workspace: Path, stop: StopToken, rank
         if ranks.is_main:
             print(line, flush=True)
 
-    root = staging.check_root(data.stage_to)
+    root = staging.check_root(stage_to)
     return str(staging.stage(workspace / data.table, root, say, lambda: stop.poll() is not None))
 
 

@@ -51,6 +51,7 @@ SPECS = {
     "lab_train_wide": spec("lab", "train", nodes=8, tasks_per_node=2, widths=(1, 2, 4, 8)),
     "lab_encode": spec("lab", "encode", dependency=None),
     "gh200_train": spec("gh200", "train", dependency="afterok:41", threads=8),
+    "a100_train": spec("a100", "train"),
     "a100_sample": spec("a100", "sample", dependency="aftercorr:41"),
     "generic_report": spec("generic", "report", array=None, dependency="afterok:41"),
     "pyxis_train_chain": spec("pyxis", "train", dependency="singleton", chain_left=2),

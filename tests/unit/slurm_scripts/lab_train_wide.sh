@@ -69,14 +69,15 @@ if [ -f "$said" ]; then cat "$said" >&2; fi
 
 # What becomes of the job: slurm/requeue.py decides by the cause file, srun's code and Slurm's own words.
 shown=$(scontrol show job -o "$job" 2>&1)
+nodes=$(sinfo -h -N -n "$SLURM_JOB_NODELIST" -o "%N %T" 2> /dev/null)
 decide() {
   printf "%s\n" "$shown" | "$@" -I "$run/code/slurm/requeue.py" --run "$run" --stage "$stage" \
     --job "$job" --restart "$restart" --code "$code" --told "$told" --srun "$said" \
-    --limit 200 --stalled-limit 3 --retries 1
+    --nodes "$nodes" --limit 200 --stalled-limit 3 --retries 1
 }
 verdict=$(decide python3) || verdict=$(decide PYTHON-OF-SUBMIT) || verdict=''
 if [ -f "$said" ]; then rm -f "$said"; fi
-read -r action final nodes <<< "$verdict"
+read -r action final without <<< "$verdict"
 if [ -z "$action" ]; then  # no Python here: the one rule that needs none
   final=$code action=end
   if [ "$code" = 85 ] && [ -z "$told" ]; then action=requeue; fi
@@ -86,7 +87,7 @@ case "$action" in
     # until Slurm kills this shell; a controller that is being restarted is asked again
     for _ in $(seq 120); do
       if [ "$action" = elsewhere ]; then
-        scontrol requeuehold "$job" && scontrol update "JobId=$job" "ExcNodeList=$nodes"
+        scontrol requeuehold "$job" && scontrol update "JobId=$job" "ExcNodeList=$without"
         scontrol release "$job" && break
       else
         scontrol requeue "$job" && break
