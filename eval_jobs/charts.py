@@ -129,6 +129,25 @@ def _vertical(values: Sequence[float]) -> _Axis:
     return _Axis(low, high + (high - low) * 0.04, bottom, top)
 
 
+def _axes(x: _Axis, y: _Axis, unit: str, over: str) -> list[str]:
+    """Grid, ticks and names of both axes."""
+    parts: list[str] = []
+    for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
+        at = y.place(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label(value)}</text>')
+    for value in ticks(x.low, x.high, wanted=4):
+        at, bottom = x.place(value), HEIGHT - BOTTOM
+        parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{label(value)}</text>')
+    base = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    scale = f"{unit}, log" if y.log else unit
+    parts.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(over)}</text>')
+    parts.append(f'<text class="unit" x="{LEFT}" y="{HEIGHT - 6}">{escape(scale)}</text>')
+    return parts
+
+
 def line_chart(
     title: str, unit: str, series: Sequence[Series], marks: Sequence[Mark] = (), over: str = "images seen"
 ) -> str:
@@ -145,19 +164,8 @@ def line_chart(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)} over {escape(over)}: {escape(said)}">'
     ]
-    for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
-        at = y.place(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label(value)}</text>')
-    for value in ticks(x.low, x.high, wanted=4):
-        at, bottom = x.place(value), HEIGHT - BOTTOM
-        parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{label(value)}</text>')
     base = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    scale = f"{unit}, log" if y.log else unit
-    parts.append(f'<text class="unit" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(over)}</text>')
-    parts.append(f'<text class="unit" x="{LEFT}" y="{HEIGHT - 6}">{escape(scale)}</text>')
+    parts += _axes(x, y, unit, over)
     for mark in marks:
         at = x.place(mark.x)
         parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{base}">')
@@ -175,3 +183,45 @@ def line_chart(
 
 def _last(points: Sequence[Point]) -> float:
     return next((value for _, value in reversed(points) if math.isfinite(value)), math.nan)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point of a scatter chart; `error`: half the length of its bar; `front`: no other is better in both."""
+
+    x: float
+    y: float
+    text: str
+    error: float | None = None
+    front: bool = False
+
+
+def scatter_chart(title: str, unit: str, over: str, spots: Sequence[Spot]) -> str:
+    """An SVG figure of points with error bars; those on the front are joined. Empty text without points."""
+    shown = [spot for spot in spots if math.isfinite(spot.x) and math.isfinite(spot.y)]
+    if not shown:
+        return ""
+    bars = [spot.y + sign * (spot.error or 0.0) for spot in shown for sign in (-1, 1)]
+    y = _vertical([value for value in bars if value > 0] if min(spot.y for spot in shown) > 0 else bars)
+    widest = max(spot.x for spot in shown)
+    x = _Axis(0.0, widest * 1.05 or 1.0, float(LEFT), float(WIDTH - RIGHT))
+    said = "; ".join(f"{spot.text}: {label(spot.y)} at {label(spot.x)}" for spot in shown if spot.front)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)} over {escape(over)}; not beaten: {escape(said or "none")}">'
+    ]
+    parts += _axes(x, y, unit, over)
+    front = sorted((spot for spot in shown if spot.front), key=lambda spot: (spot.x, spot.y))
+    if len(front) > 1:
+        parts.append(f'<path class="edge" d="{_path([(spot.x, spot.y) for spot in front], x, y)}"/>')
+    for spot in shown:
+        at, place = x.place(spot.x), y.place(spot.y)
+        if spot.error and (spot.y > spot.error or not y.log):
+            low = min(HEIGHT - BOTTOM, y.place(spot.y - spot.error))
+            high = max(TOP, y.place(spot.y + spot.error))
+            parts.append(f'<line class="error" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
+        kind = "point front" if spot.front else "point"
+        circle = f'<circle class="{kind}" cx="{at:.1f}" cy="{place:.1f}" r="4.5">'
+        parts.append(f"{circle}<title>{escape(spot.text)}</title></circle>")
+    parts.append("</svg>")
+    return "".join(parts)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_jobs.charts import Mark, Series, line_chart
+from eval_jobs.neighbours import Neighbours, neighbours_of
 from eval_jobs.pictures import picture_of, preview_pictures
-from eval_jobs.side_by_side import MAX_PAIRS, metric_curves, pairs
+from eval_jobs.side_by_side import MAX_PAIRS, OneSet, any_two, metric_curves, pairs
 from eval_jobs.timeline import receipt_rows, time_line
 from eval_jobs.words import METRIC_TITLES, plain
 from hpc_gen.config.loader import Resolved
@@ -20,6 +21,8 @@ from hpc_gen.runtime.journal import Attempt, Event, Row
 from hpc_gen.runtime.progress import format_duration
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.sampling.index import SampleIndex, read_index
+from hpc_gen.stages.build import open_table
+from hpc_gen.stages.class_names import class_names
 from hpc_gen.stages.parent import origins
 
 OWN_STAGE = "report"
@@ -42,7 +45,7 @@ def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
     events, kept = _work(everything, journal.attempts_of(everything, journal.claims(run)))
     rows = journal.history_of(event for event in events if event.stage == "train" and event.task == 0)
     samples = _samples(run, problems)
-    metrics = _metrics(run, problems)
+    metrics = read_metrics(run, problems)
     if everything.torn:
         problems.append(f"{everything.torn} lines of the journal were cut off by kills and are left out")
     receipt = goodput.receipt_of(events)
@@ -54,6 +57,8 @@ def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
         "facts": _facts(resolved, rows, kept, receipt),
         "samples": [part for tag, index in samples for part in _shown(tag, index, problems)],
         "pairs": _pairs(samples, metrics, problems),
+        "sets": _sets(run, resolved, samples, metrics, problems),
+        "near": _near(run, resolved, samples, problems),
         "previews": preview_pictures(run),
         "charts": _charts(rows, kept),
         "num_rows": len(rows),
@@ -129,7 +134,8 @@ def _shown(tag: str, index: SampleIndex, problems: list[str]) -> list[dict[str, 
     """Grid, plan and curves of one set of samples; nothing for one whose images are damaged."""
     try:
         charts, single = _curves(index)
-        return [{"tag": tag, "picture": picture_of(index), "plan": [*_plan(index), *single], "charts": charts}]
+        picture = picture_of(index) if index.has_images else None
+        return [{"tag": tag, "picture": picture, "plan": [*_plan(index), *single], "charts": charts}]
     except HpcGenError as error:
         problems.append(str(error))
         return []
@@ -140,11 +146,46 @@ def _pairs(
 ) -> dict[str, Any]:
     """Sets of samples side by side, and how many are not shown."""
     try:
-        found = pairs(samples, metrics)
+        found = pairs([each for each in samples if each[1].has_images], metrics)
     except HpcGenError as error:
         problems.append(str(error))
         found = []
     return {"shown": found, "hidden": max(0, len(samples) - 1 - MAX_PAIRS)}
+
+
+def _sets(
+    run: RunFolder,
+    resolved: Resolved,
+    samples: Sequence[tuple[str, SampleIndex]],
+    metrics: Mapping[str, MetricFile],
+    problems: list[str],
+) -> list[OneSet]:
+    """Any two of these are put side by side by whoever looks at the page."""
+    try:
+        return any_two(samples, metrics, _class_names(run, resolved))
+    except HpcGenError as error:
+        problems.append(str(error))
+        return []
+
+
+def _class_names(run: RunFolder, resolved: Resolved) -> Sequence[str]:
+    try:
+        table = open_table(run.workspace, resolved.experiment.data.table)
+        return class_names(resolved.experiment, table, run.workspace)
+    except HpcGenError:
+        return ()  # the tables are elsewhere; numbers do
+
+
+def _near(
+    run: RunFolder, resolved: Resolved, samples: Sequence[tuple[str, SampleIndex]], problems: list[str]
+) -> Neighbours | None:
+    """Nearest training images of the first set that has images."""
+    index = next((index for _, index in samples if index.has_images), None)
+    try:
+        return neighbours_of(index, run, resolved) if index is not None else None
+    except HpcGenError as error:
+        problems.append(str(error))
+        return None
 
 
 def _curves(index: SampleIndex) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
@@ -224,7 +265,7 @@ def _measured_title(name: str) -> tuple[str, str]:
     )
 
 
-def _metrics(run: RunFolder, problems: list[str]) -> dict[str, MetricFile]:
+def read_metrics(run: RunFolder, problems: list[str]) -> dict[str, MetricFile]:
     """Every file of numbers by tag: `main` first, those of training last."""
     found = {}
     paths = (run.path / "metrics").glob("*.json")
@@ -259,6 +300,7 @@ def _record(record: MetricRecord) -> dict[str, Any]:
         "value": value,
         "spread": spread,
         "note": note,
+        "error": record.spread or "",
         "how": how,
         "groups": groups,
     }

@@ -1,16 +1,26 @@
-"""The report stage: one self-contained HTML page, computed from the run folder, the same for the same run."""
+"""The report stage: one self-contained HTML page, computed from the run folder, the same for the same run.
+
+Beside it lie the numbers as CSV and JSON.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Callable
+import io
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 import hpc_gen
-from eval_jobs.page import gather
+from eval_jobs import sweep_page, sweep_plan, sweep_table
+from eval_jobs.page import gather, read_metrics
 from hpc_gen.config.loader import Resolved
+from hpc_gen.metrics import results
+from hpc_gen.metrics.results import MetricFile
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages.units import StageContext, Unit
@@ -20,7 +30,7 @@ UNIT = Unit("page", 0)
 
 
 def render(run: RunFolder, resolved: Resolved) -> str:
-    """The page as HTML text."""
+    """The page of a run, or of a sweep, as HTML text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -28,7 +38,51 @@ def render(run: RunFolder, resolved: Resolved) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    sweep = sweep_plan.read_sweep(resolved)
+    if sweep is not None:
+        found = sweep_page.gather(run, resolved, sweep)
+        return environment.get_template("sweep.html.j2").render(version=hpc_gen.__version__, **found)
     return environment.get_template("report.html.j2").render(version=hpc_gen.__version__, **gather(run, resolved))
+
+
+def beside(run: RunFolder, resolved: Resolved) -> dict[str, str]:
+    """What other programs read: name -> text of the files beside the page."""
+    sweep = sweep_plan.read_sweep(resolved)
+    if sweep is not None:
+        table = sweep_table.table_of(run, sweep)
+        text = json.dumps(sweep_table.to_json(table), indent=1, sort_keys=True)
+        return {"sweep.csv": sweep_table.to_csv(table), "sweep.json": text}
+    files = list(read_metrics(run, []).values())
+    records = [{"tag": file.tag, **results.to_json(record)} for file in files for record in file.records]
+    return {"metrics.csv": metrics_csv(files), "metrics.json": json.dumps(records, indent=1, sort_keys=True)}
+
+
+COLUMNS = (
+    *("measure.num_images", "measure.classes", "measure.extractor.name", "measure.extractor.weights_sha256"),
+    *("measure.extractor.resize", "measure.reference.rows", "measure.reference.table", "measure.reference.images"),
+    *("measure.reference.statistics_sha256", "subject.checkpoint.images_seen", "subject.checkpoint.ema"),
+    *("subject.checkpoint.manifest_sha256", "subject.plan.seed", "subject.plan.hash", "subject.run_identity"),
+)
+
+
+def metrics_csv(files: Sequence[MetricFile]) -> str:
+    """A line per number: what it is, its error, and the facts that make it comparable."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["tag", "metric", "value", "std", "spread", "note", *COLUMNS])
+    for file in files:
+        for record in file.records:
+            document = results.to_json(record)
+            facts = [_at(document, column) for column in COLUMNS]
+            row = [file.tag, record.name, record.value, record.std, record.spread, record.note, *facts]
+            writer.writerow(["" if cell is None else cell for cell in row])
+    return stream.getvalue()
+
+
+def _at(document: Any, path: str) -> Any:
+    for key in path.split("."):
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
 
 
 class ReportWorker:
@@ -52,9 +106,11 @@ class ReportWorker:
     def do(self, unit: Unit, staging: Path, poll: Callable[[], None]) -> dict[str, Path]:
         """Write the page."""
         poll()
-        staged = staging / self._run.report.name
-        commit.write_text(staged, self._text())
-        return {str(self._run.report): staged}
+        folder, files = self._run.report.parent, {self._run.report.name: self._text()}
+        for name, text in {**files, **beside(self._run, self._resolved)}.items():
+            commit.write_text(staging / name, text)
+            files[name] = text
+        return {str(folder / name): staging / name for name in files}
 
     def finish(self) -> None:
         """Nothing is left to do."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval_jobs.charts import Series, line_chart
-from eval_jobs.pictures import Picture, picture_of
+from eval_jobs.pictures import ClassRow, Picture, by_class, picture_of
 from eval_jobs.words import METRIC_TITLES, plain
 from hpc_gen.metrics import results
 from hpc_gen.metrics.results import MetricFile, MetricRecord
@@ -18,6 +18,7 @@ from hpc_gen.sampling.index import SampleIndex
 from hpc_gen.sampling.plan import describe
 
 MAX_PAIRS = 4
+MAX_SETS = 8
 PAIR_IMAGES = 40
 _NOT_TOLD = ("hash", "checkpoint_manifest_sha256", "run_identity")  # they differ whenever anything does
 
@@ -91,6 +92,30 @@ def _difference(left: MetricRecord | None, right: MetricRecord | None) -> dict[s
         return {"difference": f"{difference:+.4g}" if difference else "0", "refused": ""}
     except UserError as error:
         return {"difference": "", "refused": str(error)}
+
+
+@dataclass(frozen=True)
+class OneSet:
+    """A set of samples for the choice of any two: its name, images by class and number, metrics."""
+
+    name: str
+    rows: list[ClassRow]
+    metrics: list[tuple[str, str]]
+
+
+def any_two(
+    samples: Sequence[tuple[str, SampleIndex]], metrics: Mapping[str, MetricFile], names: Sequence[str]
+) -> list[OneSet]:
+    """Every set of samples with images, at most MAX_SETS, where there are two or more. Raises DataError."""
+    shown = [(tag, index) for tag, index in samples if index.has_images][:MAX_SETS]
+    if len(shown) < 2:
+        return []
+    found = []
+    for tag, index in shown:
+        records = metrics[tag].records if tag in metrics else ()
+        numbers = [(METRIC_TITLES.get(record.name, (record.name, ""))[0], _value(record)) for record in records]
+        found.append(OneSet(_name(tag, index), by_class(index, f"'{tag}'", names), numbers))
+    return found
 
 
 def metric_curves(files: Sequence[MetricFile]) -> list[dict[str, Any]]:

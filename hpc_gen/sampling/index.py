@@ -116,6 +116,17 @@ class SampleIndex:
         return torch.cat(parts)
 
 
+def read_some(index: SampleIndex, ids: Sequence[int]) -> Tensor:
+    """Images uint8 [N, 3, H, W] of any ids, in their order; each block is read and checked once. Raises as `read`."""
+    found: dict[int, Tensor] = {}
+    size = index.plan.block_images
+    for number in sorted({i // size for i in ids}):
+        block = range(number * size, min((number + 1) * size, index.num_images))
+        images = index.read(block)
+        found.update({i: images[i - block.start].clone() for i in ids if i in block})
+    return torch.stack([found[i] for i in ids])
+
+
 def read_block(folder: Path, block: BlockFacts) -> Tensor:
     """All images uint8 [N, 3, H, W] of a block. Raises DataError when they are not those that were sampled."""
     here = block_folder(folder, block.name)

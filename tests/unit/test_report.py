@@ -2,14 +2,14 @@
 
 import html
 import html.parser
+import json
 import math
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from chromium import KEYBOARD, in_chromium, with_chromium
 
 from eval_jobs import evaluate, report, sample
 from eval_jobs.charts import LOG_ABOVE, Mark, Series, label, line_chart, log_ticks, thin, ticks
@@ -276,6 +276,53 @@ def test_metrics_over_checkpoints_only_of_what_was_measured_alike(whole):
     assert part.count('class="dot s0"') == 2 * part.count("<svg")
 
 
+def test_any_two_sets_can_be_chosen_by_class_and_number(whole):
+    """Without scripts: radio buttons, and styles that show the chosen ones."""
+    part = whole[3][whole[3].index('id="any"') : whole[3].index('id="near"')]
+    assert part.count('type="radio"') == 4 and part.count(" checked>") == 2
+    assert part.count('class="one left') == 2 and part.count('class="one right') == 2
+    assert "Images 0, 4, 8, 12, 16 of &#39;main&#39;, a" in part  # the class's name, and its images' numbers
+
+
+def test_nearest_training_images(whole):
+    """By pixels; a copy of a training image is found, with its row, and what was found is kept."""
+    from eval_jobs import neighbours
+    from hpc_gen.sampling.index import read_index
+
+    workspace, run, resolved, page = whole
+    assert "Nearest training images" in page and "32 training images" in page
+    index = read_index(run.samples("main"))
+    images, where = neighbours._images(run, resolved)
+    assert where == "training images" and images.rows == 32
+    found = neighbours._search(images.read([7, 30]), images)
+    assert [rows[0] for rows in found["rows"]] == [7, 30] and [d[0] for d in found["distances"]] == [0.0, 0.0]
+    assert all(len(rows) == 3 and distances == sorted(distances) for rows, distances in zip(found["rows"], found["distances"]))
+    kept = run.report.parent / "neighbours-main.json"
+    before = kept.read_bytes()
+    assert neighbours.neighbours_of(index, run, resolved) is not None and kept.read_bytes() == before
+
+
+def test_numbers_lie_beside_the_page(whole):
+    folder = whole[1].report.parent
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("tag,metric,value,std,spread,note,measure.num_images,measure.classes,measure.extractor.name")
+    assert len(lines) == 1 + 2 * 6 and lines[1].startswith("main,fid,")
+    records = json.loads((folder / "metrics.json").read_text())
+    assert {record["tag"] for record in records} == {"main", "early"}
+    assert float(lines[1].split(",")[2]) == records[0]["value"]
+
+
+def test_samples_without_images_have_a_report(tmp_path):
+    run, resolved = toy_run.make_run(tmp_path, "sample.output=features", "evaluate.metrics=[fid]")
+    for stage, factory in (("sample", sample.worker), ("evaluate", evaluate.worker)):
+        made = factory(toy_run.context(run, resolved, tmp_path, stage))
+        toy_run.do_units(run, made)
+        made.finish()
+    page = report.render(run, resolved)
+    _read(page)
+    assert "Features only: the images were not kept." in page and "What could not be shown" not in page
+
+
 def test_one_set_of_samples_stands_beside_nothing(tmp_path):
     run, resolved = toy_run.make_run(tmp_path)
     made = sample.worker(toy_run.context(run, resolved, tmp_path, "sample"))
@@ -317,34 +364,6 @@ def test_faults_are_told_in_the_table(tmp_path):
     assert "rollback: from 24 to 16 images" in page  # marked on the time line
 
 
-def in_chromium(page, width, script, folder):
-    """The text that `script` puts into the variable `told` when the page stands in a window of that width, as a file.
-
-    A window of Chromium is never narrower than about 500 pixels, a frame is.
-    """
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-    script = f"<script>let told = ''; {script}; parent.document.title = 'told ' + told</script></body>"
-    (folder / "page.html").write_text(page.replace("</body>", script))
-    frame = f'<iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
-    (folder / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    flags += " --disable-component-update --allow-file-access-from-files --window-size=1400,1000"
-    found = subprocess.run(
-        [shutil.which("chromium"), *flags.split(), f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-        + [(folder / "frame.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    title = re.search(r"<title>(.*?)</title>", found.stdout, flags=re.DOTALL)[1]
-    assert title.startswith("told "), title
-    return html.unescape(title.removeprefix("told "))
-
-
-with_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="headless Chromium is not installed")
-
-
 @with_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window_in_chromium(whole, width, tmp_path):
@@ -352,35 +371,6 @@ def test_nothing_is_wider_than_the_window_in_chromium(whole, width, tmp_path):
     assert opened.count("<details") == opened.count(" open>")
     told = in_chromium(opened, width, "told = document.documentElement.scrollWidth", tmp_path)
     assert int(told) <= width
-
-
-KEYBOARD = """
-for (const e of document.querySelectorAll('details')) e.open = true;
-const reached = [...document.querySelectorAll('a[href], summary, [tabindex="0"]')];
-const scrolling = [...document.querySelectorAll('*')].filter(e => e.scrollWidth > e.clientWidth + 1
-  && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX));
-told += reached.length > 20 ? '' : 'too few; ';
-for (const e of scrolling) if (!reached.includes(e)) told += 'cannot be scrolled by keys: ' + e.className + '; ';
-if (document.querySelector('button, input, [onclick], [tabindex]:not([tabindex="0"]):not([tabindex="-1"])'))
-  told += 'unexpected control; ';
-const skip = reached[0];
-if (skip.className !== 'skip' || skip.getBoundingClientRect().left >= 0) told += 'no hidden skip link first; ';
-for (const e of reached) {
-  e.focus();
-  const style = getComputedStyle(e);
-  if (document.activeElement !== e) told += 'not focused: ' + e.outerHTML.slice(0, 60) + '; ';
-  else if (style.outlineStyle === 'none' || parseFloat(style.outlineWidth) < 2)
-    told += 'focus is not seen: ' + e.outerHTML.slice(0, 60) + '; ';
-}
-skip.focus();
-if (skip.getBoundingClientRect().left < 0) told += 'skip link stays hidden; ';
-skip.click();
-if (location.hash !== '#main' || document.getElementById('main').tabIndex !== -1) told += 'skip link leads nowhere; ';
-for (const e of document.querySelectorAll('details')) {
-  const before = e.open; e.querySelector('summary').click(); if (e.open === before) told += 'does not open; ';
-}
-told += 'all ' + document.querySelectorAll('details').length + ' open and close';
-"""
 
 
 @with_chromium
