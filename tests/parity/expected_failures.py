@@ -15,9 +15,7 @@ from golden_files import Case, OfficialModel
 from golden_handling import NotHandled, case_handler, has_method_folder, official_handler
 
 # (METHOD, name of the case, reason)
-CASES: list[tuple[str, str, str]] = [
-    ("gmem", "latent_dataset", "its handler comes with the reader of LightningDiT's shards"),
-]
+CASES: list[tuple[str, str, str]] = []
 
 # (METHOD, name of the official model, reason)
 OFFICIAL: list[tuple[str, str, str]] = [

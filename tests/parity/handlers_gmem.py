@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from golden_compare import Produced
 from golden_files import Case, OfficialModel
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpc_gen.config.experiment import OptimizerConfig
+from hpc_gen.data.statistics import ChannelSums
+from hpc_gen.data.table import Table
 from hpc_gen.diffusion import flow
 from hpc_gen.diffusion.flow_solvers import StochasticSampler, ode_grid, sde_grid
 from hpc_gen.methods.gmem.bank import LowRankBank, as_condition, interpolated, mixed
@@ -23,6 +26,7 @@ from hpc_gen.methods.gmem.recipe import SIZES
 from hpc_gen.methods.gmem.sampler import guided_velocity, solution
 from hpc_gen.methods.gmem.weights import import_flat, official_list
 from hpc_gen.nn.embeddings import sincos_positions, timestep_features
+from hpc_gen.nn.posterior import LatentScale
 from hpc_gen.training.ema import update_ema_
 from hpc_gen.training.optimizers import RoleOptimizer
 
@@ -376,6 +380,54 @@ def snippet_interpolation(case: Case) -> Produced:
             method, _, alpha = name.removeprefix("out.raw_").rpartition("_")
             out[name] = interpolated(a, b, torch.tensor([float(alpha)]), method)[0]  # type: ignore[arg-type]
     out["out.spherical_same"] = as_condition(interpolated(a, a, alphas, "spherical"))
+    return Produced(out)
+
+
+@handles("gmem", "latent_dataset")
+def latent_dataset(case: Case) -> Produced:
+    """Rows of the reference's shards by our reader, their statistics, and the versions that its three coins chose."""
+    tensors = case.tensors()
+    table = Table.open(case.json_path.parent / "latent_shards")
+    sums = ChannelSums.merge(
+        ChannelSums.of(table.read(np.arange(start, min(start + 5, table.rows)), ["latents"])["latents"])
+        for start in range(0, table.rows, 5)
+    )
+    found = {
+        name: torch.tensor(values, dtype=torch.float64) for name, values in sums.mean_and_std(unbiased=True).items()
+    }
+    mean, std = found["mean"].float(), found["std"].float()
+    shape = {name: info.shape for name, info in table.index.columns.items()}
+    config = GmemConfig(
+        image_size=shape["latents"][1],
+        tokenizer_stride=1,
+        channels=shape["latents"][0],
+        hidden=8,
+        depth=1,
+        heads=2,
+        repr_after_block=1,
+        snippet_dim=shape["cls_tokens"][0],
+        repr_dim=shape["representations"][1],
+        snippet_dropout=0.0,
+        independent_flips=True,
+    )
+    scale = LatentScale(tuple((1 / std).tolist()), tuple(mean.tolist()))
+    method = Gmem(config, scale=scale)
+    batch = table.read(tensors["in.item_index"].numpy(), [*method.columns(), "labels"])
+    # a coin below a half takes the mirrored version
+    latent, representation, snippet = tensors["in.use_unflipped(latent,repr,cls)"].float().unbind(1)
+    draws = {"flip": latent, "flip_representation": representation, "flip_snippet": snippet}
+    draws["noise"] = torch.zeros(len(latent), *config.input_shape)
+    versions = {
+        "latent": method.training_input(batch, draws),
+        "repr": method._chosen(batch, "representations", draws, "flip_representation"),
+        "cls": method._chosen(batch, "cls_tokens", draws, "flip_snippet"),
+        "label": batch["labels"][:, None],
+    }
+    out = {"out.mean": mean.view(1, -1, 1, 1), "out.std": std.view(1, -1, 1, 1)}
+    for name in tensors:
+        if name.startswith("out.item"):
+            item, _, key = name.removeprefix("out.item").partition(".")
+            out[name] = versions[key][int(item)].to(tensors[name].dtype)
     return Produced(out)
 
 
