@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_gen import cli_containers, cli_daily, cli_lab, cli_prove, cli_slurm, cli_sweep
+from hpc_gen import cli_bank, cli_containers, cli_daily, cli_lab, cli_prove, cli_slurm, cli_sweep
 from hpc_gen.cli_checkpoints import checkpoints_app
 from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
@@ -49,7 +49,7 @@ def _names(stages: str | None) -> list[str] | None:
 
 @app.command(epilog=example("hpc-gen demo", "hpc-gen demo latents --workspace /tmp/try"))
 def demo(
-    name: Annotated[str, typer.Argument(metavar="[pixels|latents]", help="Which demo.")] = "pixels",
+    name: Annotated[str, typer.Argument(metavar="[pixels|latents|gmem]", help="Which demo.")] = "pixels",
     workspace: Workspace = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -57,7 +57,8 @@ def demo(
 
     pixels: digits; images become shards, a generator trains on two processes, is preempted and resumes exactly,
     samples are drawn and scored, a report is written. latents: coloured emoji; an autoencoder is trained, encodes them,
-    and energy diffusion learns its latents, is killed and resumes. Minutes on two cores; a second call repeats nothing.
+    and energy diffusion learns its latents, is killed and resumes. gmem: the same with snippets and a memory bank, then
+    pictures of new images. Minutes on two cores; a second call repeats nothing.
     """
     from hpc_gen.stages import demo as demos
 
@@ -346,6 +347,7 @@ app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(metrics_app, name="metrics")
 cli_lab.add_to(app)
 cli_containers.add_to(app)
+cli_bank.add_to(app)
 
 
 def main() -> None:

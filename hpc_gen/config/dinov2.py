@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_gen.config.base import OPERATION, NonEmpty, PositiveInt, Section, Sha256
+from hpc_gen.config.base import OPERATION, WHEN_SET, NonEmpty, PositiveInt, Section, Sha256
 
 PATCH = 14
 """Pixels per token and side, of every published DINOv2."""
@@ -58,6 +58,8 @@ class Dinov2Config(Section):
     """Store each column of the mirror image, too, under its name with _flip: one coin then flips all of a row."""
     grid: PositiveInt = 16
     """Tokens per side: the image is scaled to 14 times that (bicubic, no antialias)."""
+    any_size: bool | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """True: images of any side are scaled to the grid; else only sides that the published programs use."""
     positions: Literal["gmem", "digit", "hub"] = "gmem"
     """How the position table is brought to the grid: gmem = to 16 with antialias, then enlarged as DINO did; digit =
     DINO's rule (offset 0.1, no antialias) at once; hub = with antialias at once."""

@@ -24,7 +24,7 @@ VQGAN_PRESETS = ("mage",)
 _WEIGHTS = frozenset({"weights", "sha256", "preset"})
 KEYS: dict[str, frozenset[str]] = {
     "identity": frozenset(),
-    "kl_vae": _WEIGHTS | {"architecture", "scale", "shift"},
+    "kl_vae": _WEIGHTS | {"architecture", "scale", "shift", "statistics"},
     "dinov2": _WEIGHTS | {"dinov2"},
     "vqgan": _WEIGHTS | {"vqgan"},
 }
@@ -71,6 +71,9 @@ class TokenizerConfig(Section):
     """kl_vae: diffusion sees (latent - shift) * scale, one number or one per channel; null = the preset's or file's."""
     shift: PerChannel | None = None
     """kl_vae: see scale."""
+    statistics: NonEmpty | None = Field(default=None, json_schema_extra=OPERATION)
+    """kl_vae: file with mean and std per channel (LightningDiT's latents_stats.pt), relative to the workspace, in place
+    of scale = 1 / std and shift = mean; what it holds is part of the tokenizer's identity."""
     dinov2: Dinov2Config | None = Field(default=None, json_schema_extra=WHEN_SET)
     """dinov2: which columns it makes, and how; null = class and patch tokens, as GMem."""
     vqgan: VqganConfig | None = Field(default=None, json_schema_extra=WHEN_SET)
@@ -93,6 +96,8 @@ class TokenizerConfig(Section):
         if self.preset is not None and self.preset not in PRESETS_OF[self.name]:
             known = ", ".join(PRESETS_OF[self.name])
             raise ValueError(f"preset '{self.preset}' is not one of '{self.name}', which has {known}; name one")
+        if self.statistics is not None and (self.scale is not None or self.shift is not None):
+            raise ValueError("it has both 'statistics' and 'scale' or 'shift'; give one")
         given = self.architecture or self.vqgan or (self.dinov2.architecture if self.dinov2 is not None else None)
         if self.preset is not None and given is not None:
             raise ValueError(

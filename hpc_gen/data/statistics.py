@@ -49,19 +49,15 @@ class ChannelSums:
             tuple(sum(values) for values in zip(*(part.sum_squares for part in parts), strict=True)),
         )
 
-    def mean_and_std(self, unbiased: bool = False) -> dict[str, list[float]]:
-        """Per-channel mean and standard deviation in units of the stored values, float64.
-
-        Of the population, or `unbiased` (over count - 1, as LightningDiT's latents_stats.pt holds it).
-        """
+    def mean_and_std(self) -> dict[str, list[float]]:
+        """Per-channel mean and population standard deviation in units of the stored values, float64."""
         mean = [float(total / self.count) for total in self.sum]
         # n * sum(x^2) - sum(x)^2 stays an exact integer for integer columns.
         spread = [
             max(0.0, float((self.count * squares - total * total) / self.count**2))
             for total, squares in zip(self.sum, self.sum_squares, strict=True)
         ]
-        factor = self.count / (self.count - 1) if unbiased else 1.0
-        return {"mean": mean, "std": [math.sqrt(value * factor) for value in spread]}
+        return {"mean": mean, "std": [math.sqrt(value) for value in spread]}
 
     def to_json(self) -> dict[str, Any]:
         """JSON object; integers and floats survive the round trip exactly."""

@@ -62,6 +62,7 @@ def _kl_vae(
     architecture: Mapping[str, Any] | None = None,
     scale: float | Sequence[float] | None = None,
     shift: float | Sequence[float] | None = None,
+    statistics: str | None = None,
 ) -> Tokenizer:
     from hpc_gen.tokenizers.kl_vae import KlVae
 
@@ -74,6 +75,7 @@ def _kl_vae(
         architecture=architecture,
         scale=scale,
         shift=shift,
+        statistics=statistics,
     )
 
 

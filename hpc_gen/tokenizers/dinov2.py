@@ -210,10 +210,11 @@ class Dinov2Tokenizer:
             )
         height, width = pixels.shape[2:]
         side = PATCH * self.config.grid
-        if height != width or (height != side and height % NATIVE):
+        if height != width or (height != side and height % NATIVE and not self.config.any_size):
             raise DataError(
                 f"dinov2 sees images of {NATIVE} x {NATIVE} pixels (or a multiple), scaled to {side}, or of {side} x "
-                f"{side}, got {height} x {width}; set encode.image_size to one of these"
+                f"{side}, got {height} x {width}; set encode.image_size to one of these, or "
+                "tokenizer.dinov2.any_size to true"
             )
 
 

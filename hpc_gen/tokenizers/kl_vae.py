@@ -72,6 +72,7 @@ class KlVae:
         architecture: KlVaeConfig | Mapping[str, Any] | None = None,
         scale: float | Sequence[float] | None = None,
         shift: float | Sequence[float] | None = None,
+        statistics: str | Path | None = None,
     ) -> None:
         """Read `weights` (relative to `workspace`): an official file, or an export of the method `autoencoder`.
 
@@ -83,6 +84,8 @@ class KlVae:
         facts = facts_of(tensor_files.metadata_of(path), str(path))
         chosen = _preset(preset)
         self.architecture = _architecture(path, architecture, chosen, facts)
+        if statistics is not None:
+            scale, shift = scale_of_statistics(workspace / statistics)
         self.scale, self.shift = _scale(path, scale, shift, chosen, facts, self.architecture.embed_dim)
         with torch.device("meta"):
             self.model = KlAutoencoder(self.architecture)
@@ -219,8 +222,8 @@ def _scale(
     """Scale and shift: the config's, else the file's, else the preset's; UserError when nobody says the scale."""
     if scale is None and facts.scale is None and (preset is None or preset.scale is None):
         raise UserError(
-            f"{path} does not say the scale of its latents; set tokenizer.scale and tokenizer.shift (1 / std and mean "
-            "of the latents, one number or one per channel)"
+            f"{path} does not say the scale of its latents; set tokenizer.statistics to a file of their mean and std, "
+            "or tokenizer.scale and tokenizer.shift (1 / std and mean, one number or one per channel)"
         )
     chosen_scale = _first(scale, facts.scale, preset.scale if preset is not None else None)
     chosen_shift = _first(shift, facts.shift, preset.shift if preset is not None else None, 0.0)
@@ -234,6 +237,17 @@ def _scale(
     if not all(0 < number < float("inf") for number in numbers):
         raise UserError(f"tokenizer.scale is {chosen_scale}, but must be above 0; 1 / std of the latents is usual")
     return chosen_scale, chosen_shift
+
+
+def scale_of_statistics(path: Path) -> tuple[list[float], list[float]]:
+    """1 / std and mean per channel of a file {mean, std}, each [1, C, 1, 1] or [C]. Raises UserError or DataError."""
+    found = tensor_files.read_nested(path)
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(key), Tensor) for key in ("mean", "std")):
+        raise DataError(f"{path} holds no 'mean' and 'std' of latents; `hpc-gen shards stats` writes such a file")
+    mean, std = (found[key].double().reshape(-1) for key in ("mean", "std"))
+    if len(mean) != len(std) or not bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise DataError(f"{path}: mean and std do not fit together, or are not finite and above 0; make it anew")
+    return (1 / std).tolist(), mean.tolist()
 
 
 def _first(*values: float | Sequence[float] | None) -> PerChannel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from golden_compare import Produced
 from golden_files import Case, OfficialModel
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpc_gen.config.experiment import OptimizerConfig
-from hpc_gen.data.statistics import ChannelSums
 from hpc_gen.data.table import Table
 from hpc_gen.diffusion import flow
 from hpc_gen.diffusion.flow_solvers import StochasticSampler, ode_grid, sde_grid
@@ -29,6 +27,7 @@ from hpc_gen.nn.embeddings import sincos_positions, timestep_features
 from hpc_gen.nn.posterior import LatentScale
 from hpc_gen.training.ema import update_ema_
 from hpc_gen.training.optimizers import RoleOptimizer
+from shard_tools.stats import channel_statistics
 
 LINEAR = flow.LinearPath()
 NORM = 1.5  # of the diffusion in paths_grids_forms, as its record says
@@ -388,14 +387,8 @@ def latent_dataset(case: Case) -> Produced:
     """Rows of the reference's shards by our reader, their statistics, and the versions that its three coins chose."""
     tensors = case.tensors()
     table = Table.open(case.json_path.parent / "latent_shards")
-    sums = ChannelSums.merge(
-        ChannelSums.of(table.read(np.arange(start, min(start + 5, table.rows)), ["latents"])["latents"])
-        for start in range(0, table.rows, 5)
-    )
-    found = {
-        name: torch.tensor(values, dtype=torch.float64) for name, values in sums.mean_and_std(unbiased=True).items()
-    }
-    mean, std = found["mean"].float(), found["std"].float()
+    found = channel_statistics(table, "latents")
+    mean, std = (torch.tensor(found[key], dtype=torch.float64).float() for key in ("mean", "std_unbiased"))
     shape = {name: info.shape for name, info in table.index.columns.items()}
     config = GmemConfig(
         image_size=shape["latents"][1],

@@ -39,7 +39,8 @@ COMMANDS = commands()
 CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "preempt", "resume", "shards fetch",
             "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights fetch", "weights import", "weights export", "metrics stats",
             "checkpoints convert", "checkpoints prune", "prove-resume",
-            "fork", "gc", "sweep", "lab start", "lab stop", "submit", "containers build", "cancel"]  # fmt: skip
+            "fork", "gc", "sweep", "lab start", "lab stop", "submit", "containers build", "cancel", "bank import", "bank export",
+            "bank append", "knowledge external", "knowledge internal"]  # fmt: skip
 
 
 def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +64,8 @@ def test_all_commands_are_there() -> None:
         "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights list", "weights verify", "weights import", "weights export",
         "checkpoints list", "checkpoints verify", "checkpoints convert", "checkpoints prune", "prove-resume",
         "metrics stats", "metrics show", "sweep", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
-        "containers build", "containers check", "logs", "cancel",
+        "containers build", "containers check", "logs", "cancel", "bank import", "bank export", "bank append", "bank nearest",
+        "knowledge external", "knowledge internal",
     }  # fmt: skip
 
 

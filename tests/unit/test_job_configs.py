@@ -153,3 +153,41 @@ def test_the_latent_demo_reads_what_the_tokenizer_demo_exports() -> None:
     assert latent.method["channels"] == vae.method["architecture"]["embed_dim"]
     assert latent.evaluate is not None and latent.evaluate.reference.table == vae.data.validation_table
     assert (latent.encode.source, latent.encode.image_size) == (vae.encode.source, vae.encode.image_size)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_encoded_is_what_training_reads(path: Path) -> None:
+    """Every column that the method reads is one that the encode stage of the same file makes."""
+    experiment = resolved(path).experiment
+    if experiment.encode is None or experiment.train is None:
+        return
+    made = {"labels"}
+    for tokenizer in (experiment.encode.tokenizer, *(experiment.encode.also or {}).values()):
+        if tokenizer.name == "dinov2":
+            assert tokenizer.dinov2 is not None
+            endings = ("", "_flip") if tokenizer.dinov2.flip else ("",)
+            made |= {column + ending for column in tokenizer.dinov2.columns for ending in endings}
+        else:
+            made |= {"kl_vae": {"moments", "moments_flip"}, "identity": {"pixels"}}[tokenizer.name]
+    assert set(built(resolved(path)).columns()) <= made
+
+
+GMEM = [path for path in FILES if path.parent.name == "gmem"]
+
+
+@pytest.mark.parametrize("path", GMEM, ids=name_of)
+def test_the_published_recipe_of_gmem(path: Path) -> None:
+    """specs/gmem.md section 4: what all of them share, and their lengths."""
+    experiment = resolved(path).experiment
+    train, sample = experiment.train, experiment.sample
+    assert train is not None and sample is not None and sample.num_images == 50_000
+    assert (train.global_batch, train.optimizer.lr, train.optimizer.betas) == (1024, 2e-4, (0.9, 0.95))
+    assert (train.optimizer.clip, train.optimizer.weight_decay, train.ema["main"].decay) == (1.0, 0.0, 0.9999)
+    assert train.schedule.kind == "constant" and train.schedule.warmup_images == 0 and train.precision == "bf16"
+    steps = {"sde_xl_512": 500_000, "lightningdit_xl_64ep": 80_000, "lightningdit_xl_800ep": 1_000_000}
+    assert train.total_images == 1024 * steps.get(path.stem, 80_000 if path.stem.endswith("_b") else 200_000)
+    method: Any = registry.typed_config(experiment.method)[1]
+    assert method.swiglu and method.rope and method.rms_norm and not method.qk_norm and method.num_tokens == 256
+    if method.condition == "snippet":
+        assert (method.snippet_dropout, method.projection_weight, method.repr_after_block) == (0.4, 0.5, 4)
+        assert sample.rows == "uniform"

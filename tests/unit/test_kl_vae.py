@@ -262,10 +262,26 @@ def test_a_file_that_says_nothing_needs_settings(tmp_path: Path) -> None:
     write_tensors(tmp_path / "bare.safetensors", weights(), {})
     with pytest.raises(UserError, match="does not say its architecture; set tokenizer.preset"):
         KlVae("bare.safetensors", workspace=tmp_path)
-    with pytest.raises(UserError, match="does not say the scale of its latents; set tokenizer.scale"):
+    with pytest.raises(UserError, match="does not say the scale of its latents; set tokenizer.statistics to a file"):
         KlVae("bare.safetensors", workspace=tmp_path, architecture=TINY)
     built = KlVae("bare.safetensors", workspace=tmp_path, architecture=TINY, scale=2)
     assert (built.identity["scale"], built.identity["shift"]) == (2.0, 0.0)
+
+
+def test_scale_and_shift_of_a_file_of_statistics(tmp_path: Path) -> None:
+    """LightningDiT's latents_stats.pt: {mean, std}, each [1, C, 1, 1]."""
+    write_tensors(tmp_path / "bare.safetensors", weights(), {})
+    settings = {"workspace": tmp_path, "architecture": TINY, "statistics": "stats.pt"}
+    mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 4.0])
+    torch.save({"mean": mean.view(1, 3, 1, 1), "std": std.view(1, 3, 1, 1)}, tmp_path / "stats.pt")
+    built = KlVae("bare.safetensors", **settings)
+    assert (built.scale, built.shift) == ([2.0, 0.5, 0.25], [1.0, 2.0, 3.0])
+    torch.save({"mean": mean}, tmp_path / "stats.pt")
+    with pytest.raises(DataError, match="holds no 'mean' and 'std' of latents"):
+        KlVae("bare.safetensors", **settings)
+    torch.save({"mean": mean, "std": torch.tensor([1.0, 0.0, 1.0])}, tmp_path / "stats.pt")
+    with pytest.raises(DataError, match="mean and std do not fit together"):
+        KlVae("bare.safetensors", **settings)
 
 
 def test_the_configs_scale_goes_before_the_files(exported: Path) -> None:

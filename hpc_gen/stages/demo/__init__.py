@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpc_gen.runtime.errors import ExitCode, UserError, nearest
-from hpc_gen.stages.demo import latents, pixels
+from hpc_gen.stages.demo import latents, pixels, snippets
 from hpc_gen.stages.demo.steps import Demo, config_file
 
 # name -> (its experiment below job_configs/demo, what runs it)
 DEMOS: dict[str, tuple[str, Callable[[Demo], None]]] = {
     "pixels": (pixels.FILE, pixels.run),
     "latents": (latents.FILE, latents.run),
+    "gmem": (snippets.FILE, snippets.run),
 }
 
 

@@ -29,12 +29,13 @@ def run(demo: Demo) -> None:
     demo.say("== 1. Real images and the network that scores them")
     demo.command("shards", "fetch", "emoji")
     demo.command("weights", "fetch", "inception")
-    _tokenizer(demo)
+    make_tokenizer(demo)
     _diffusion(demo)
     _summary(demo, clock.monotonic() - begun)
 
 
-def _tokenizer(demo: Demo) -> None:
+def make_tokenizer(demo: Demo) -> None:
+    """The trained autoencoder as a file; nothing is done where it is there."""
     demo.say("\n== 2. A KL autoencoder: images to shards, training on two ranks, its weights to a file")
     demo.command("run", str(config_file(TOKENIZER_FILE)))
     if (demo.workspace / WEIGHTS).is_file():
