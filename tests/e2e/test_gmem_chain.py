@@ -143,6 +143,11 @@ def test_the_whole_chain(shell: Shell) -> None:
     assert trained(shell, "gmem") == trained(shell, "undisturbed")
     assert run.report.is_file() and results.read(run.metrics("main")).get("fid") is not None
 
+    shell("run", "gmem.yaml", "name=sharded", "--stages", "train", "train.engine.name=fsdp")
+    history = {name: hpc_gen.load(shell.workspace / "runs" / name).history() for name in ("undisturbed", "sharded")}
+    for ours, theirs in zip(history["undisturbed"], history["sharded"], strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4) and theirs["images_seen"] == ours["images_seen"]
+
     loaded = hpc_gen.load(run.path)
     sde_images = read_index(run.samples("main")).read(range(6))
     assert torch.equal(loaded.generate(6), sde_images)
