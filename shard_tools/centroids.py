@@ -220,9 +220,13 @@ class CentroidsWorker:
 
     def _fit(self, staging: Path, poll: Callable[[], None]) -> dict[str, Path]:
         """Iterate from the last committed state; blocks that no task has drawn yet are drawn here."""
-        blocks = [self._read_block(block, poll) for block in range(self.num_blocks)]
-        points = np.concatenate(blocks)
-        del blocks
+        points = np.empty((self.num_points, self.width), np.float32)
+        filled = 0
+        for block in range(self.num_blocks):
+            part = self._read_block(block, poll)
+            points[filled : filled + len(part)] = part
+            filled += len(part)
+        assert filled == len(points)
         begun, centroids, history = self._read_state()
         options = self.options
         steps = lloyd(
