@@ -213,9 +213,9 @@ def preempt(
     """
     from hpc_gen.stages import control
 
-    if cli_slurm.preempt_jobs(run_of(run, workspace), dry_run):
-        return
-    ended = control.preempt(run_of(run, workspace), say, dry_run=dry_run, wait_s=timeout_s if wait else None)
+    folder = run_of(run, workspace)
+    asked = cli_slurm.asking_jobs(folder, dry_run)
+    ended = control.preempt(folder, say, dry_run=dry_run, wait_s=timeout_s if wait else None, jobs=asked)
     end(0 if ended else UserError.exit_code)
 
 

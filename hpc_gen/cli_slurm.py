@@ -190,11 +190,15 @@ def jobs_of(folder: Any) -> Callable[[], Any] | None:
     return watch.reader(folder, commands.Commands())
 
 
-def preempt_jobs(folder: Any, dry_run: bool) -> bool:
-    """Ask the running jobs of a run to save and requeue; False when it has none."""
-    from slurm import commands, steer
+def asking_jobs(folder: Any, dry_run: bool) -> Callable[[], bool]:
+    """A function that asks the running jobs of a run to save and requeue, and says whether it has any."""
 
-    return steer.preempt(folder, commands.Commands(), say, dry_run=dry_run)
+    def ask() -> bool:
+        from slurm import commands, steer
+
+        return steer.preempt(folder, commands.Commands(), say, dry_run=dry_run)
+
+    return ask
 
 
 def refuse_queued(folder: Any) -> None:

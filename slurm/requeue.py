@@ -19,10 +19,16 @@ import time
 from typing import List, NamedTuple, Optional
 
 DONE, USER, DATA, BUG, DIVERGED, REQUEUE, ELSEWHERE, STOPPED = 0, 2, 64, 70, 75, 85, 86, 87
-FINAL = (USER, DATA, DIVERGED, STOPPED)  # the same start would end the same way, or was not wanted
+FINAL = {  # the same start would end the same way, or was not wanted
+    USER: "a mistake in the command or the config",
+    DATA: "data, weights or a checkpoint were refused",
+    DIVERGED: "the loss diverged",
+    STOPPED: "stopped by the user, the state is saved",
+}
 TRAIN = "train"
 _SIGNALS = {"Killed": 137, "Terminated": 143, "Aborted": 134, "Segmentation fault": 139, "Bus error": 135,
-            "Floating point exception": 136, "Interrupt": 130}  # fmt: skip
+            "Floating point exception": 136, "Interrupt": 130, "User defined signal 1": 138,
+            "User defined signal 2": 140}  # fmt: skip
 _EXIT = re.compile(r"srun: error: (\S+?): tasks? ([0-9,-]+): (?:Exited with exit code (\d+)|(.+))")
 
 Failure = NamedTuple("Failure", [("host", str), ("task", str), ("code", int)])
@@ -60,7 +66,7 @@ def decide(facts):
     if code == DONE:
         return _end(DONE, "done")
     if code in FINAL:
-        return _end(code, "ended with code %d: another start would not help" % code)
+        return _end(code, "%s (code %d)" % (FINAL[code], code))
     if code == ELSEWHERE:
         where = "without %s" % ", ".join(facts.ill) if facts.ill else "no node is known to be ill"
         return _again(facts, "elsewhere" if facts.ill else "requeue", code, "wants other nodes: %s" % where)

@@ -175,13 +175,17 @@ def _ended_word(run: RunFolder, job_id: str, ended: dict[str, EndedJob], unasked
     """How a job that is not live ended: Slurm's accounting, else its own last word."""
     known = ended.get(job_id)
     if known is not None:
-        return ENDED.get(known.state, f"failed with code {known.exit_code or 128 + known.signal}")
+        return ENDED.get(known.state) or _code_word(known.exit_code or 128 + known.signal)
     last = records.ends(run, job_id)[-1:]
     if not last:
         return "not known" if unasked else "gone before it began"
     if last[0].get("action") != "end":
         return "requeued" if unasked else "cancelled"
-    return "done" if last[0].get("code") == ExitCode.DONE else f"failed with code {last[0].get('code')}"
+    return _code_word(last[0].get("code"))
+
+
+def _code_word(code: Any) -> str:
+    return {ExitCode.DONE: "done", ExitCode.STOPPED: "stopped"}.get(code, f"failed with code {code}")
 
 
 def words(job: LiveJob, submission: Submission) -> str:
@@ -222,7 +226,9 @@ def _failures(run: RunFolder, job: JobRecord, running: set[str]) -> list[FailedT
     found = []
     for element in _elements(job):
         last = records.ends(run, element)[-1:]
-        if element in running or not last or last[0].get("action") != "end" or last[0].get("code") == ExitCode.DONE:
+        if element in running or not last or last[0].get("action") != "end":
+            continue
+        if last[0].get("code") in (ExitCode.DONE, ExitCode.STOPPED):
             continue
         first = last[0].get("first")
         where = f"; first failed: task {first['task']} on {first['host']} with code {first['code']}" if first else ""

@@ -71,13 +71,23 @@ def lost_holder(run: RunFolder) -> str | None:
     return f"process {found.pid} of attempt {found.attempt}, which holds the lock, is gone; the next attempt takes over"
 
 
-def preempt(run: RunFolder, say: Callable[[str], None], *, dry_run: bool = False, wait_s: float | None = None) -> bool:
+def preempt(
+    run: RunFolder,
+    say: Callable[[str], None],
+    *,
+    dry_run: bool = False,
+    wait_s: float | None = None,
+    jobs: Callable[[], bool] = lambda: False,
+) -> bool:
     """Ask the attempt in progress to save and end with code 85: SIGTERM on this host, a PREEMPT file for others.
 
-    `wait_s`: wait so long for its end (None: do not wait). Returns whether it has ended, or was not waited for.
-    Raises UserError when nothing is running.
+    `wait_s`: wait so long for its end (None: do not wait). `jobs` asks the run's jobs on a cluster and says whether it
+    has any; then nobody else is asked. Returns whether it has ended, or was not waited for. Raises UserError when
+    nothing is running.
     """
     found = holder(run)
+    if jobs():
+        return dry_run or wait_s is None or found is None or _wait(run, found, say, wait_s)
     if found is None:
         raise UserError(
             f"nothing is running in {run.path}, so there is nothing to preempt; see `hpc-gen status {run.name}`"

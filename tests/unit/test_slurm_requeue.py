@@ -276,6 +276,7 @@ srun: error: lchn1: tasks 0-1: Terminated
         ("srun: error: nid001: tasks 0,2-3: Exited with exit code 85\n", ("nid001", "0,2-3", 85)),
         ("srun: error: n1: task 0: Killed\n", ("n1", "0", 137)),
         ("srun: error: n1: task 0: Segmentation fault (core dumped)\n", ("n1", "0", 139)),
+        ("srun: error: n1: task 0: User defined signal 2\n", ("n1", "0", 140)),
         ("srun: error: n1: task 2: Out Of Memory\n", ("n1", "2", 1)),
         ("srun: error: Unable to create step for job 5: Invalid partition\n", None),
         ("", None),

@@ -12,8 +12,10 @@ from fake_slurm import EXPERIMENT, FakeSlurm
 from hpc_gen.config import loader
 from hpc_gen.runtime import clock
 from hpc_gen.runtime.errors import UserError
+from hpc_gen.runtime.fence import claim_attempt
+from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages import run_setup, status_view
+from hpc_gen.stages import control, run_setup, status_view
 from slurm import doctor, logs, records, steer, watch
 from slurm.commands import Commands
 from slurm.records import JobRecord, Submission
@@ -131,6 +133,13 @@ def test_without_a_controller_the_jobs_own_notes_are_told(run: RunFolder, fake: 
     assert "cannot be asked: `squeue -h -r` ended with 1: slurm_load_jobs error" in lines[1]
     assert lines[2] == "  job 11       count: 1 done, 3 not known"
     assert lines[3] == "  job 12       train: requeued"
+
+
+def test_a_run_that_was_stopped_has_not_failed(run: RunFolder, fake: FakeSlurm) -> None:
+    fake.answer("sacct", "12|12|FAILED|87:0|a|b|n1\n")
+    end(run, "12", code=87, why="stopped by the user, the state is saved (code 87)")
+    lines = told(run)
+    assert "  job 12       train: stopped" in lines and not any("failed" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +273,23 @@ def test_preempt_signals_the_tasks(run: RunFolder, fake: FakeSlurm) -> None:
     assert steer.preempt(run, Commands(), said.append)
     assert fake.asked("scancel") == ["--signal=TERM 12"]
     assert said[-1] == "sending SIGTERM to the tasks of tiny.train (12, on n[1-2]); it saves and requeues itself"
+
+
+def test_preempt_waits_for_the_end_of_the_attempt(run: RunFolder, fake: FakeSlurm) -> None:
+    """`hpc-gen preempt --wait`: the jobs are asked, and the attempt that was in progress is waited for."""
+    fake.answer("squeue", live(run, ("12", "RUNNING", "None"), nodes="n1"))
+    journal = Journal(run, claim_attempt(run, "train"), "train")
+    journal.event("attempt_start", world_size=1, rank=0, process_start=clock.now())
+    said: list[str] = []
+
+    def ask() -> bool:
+        asked = steer.preempt(run, Commands(), said.append)
+        journal.event("attempt_end", exit_code=85, cause="SIGTERM", images_seen=0)
+        return asked
+
+    assert control.preempt(run, said.append, wait_s=5.0, jobs=ask)
+    assert fake.asked("scancel") == ["--signal=TERM 12"]
+    assert "ended with code 85 (SIGTERM)" in said[-1]
 
 
 # ---------------------------------------------------------------- doctor
