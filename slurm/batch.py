@@ -216,6 +216,8 @@ def _step(spec: JobSpec, command: str) -> list[str]:
         *elastic,
         "# The step. It runs in the background, because a shell looks at its traps only between two commands.",
         'said=$(mktemp "${TMPDIR:-/tmp}/hpc-gen-srun.XXXXXX") || said=/dev/stderr',
+        "HPC_GEN_LAUNCHED=$(date +%s.%N)  # what the start costs is counted from here",
+        "export HPC_GEN_LAUNCHED",
         f'{" ".join(_word(word) for word in words)}{part} {command} 2> "$said" &',
         "step=$!",
         'wait "$step"',

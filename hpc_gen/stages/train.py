@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hpc_gen.runtime.rank_detection import detect
 from hpc_gen.runtime.rank_watch import blamed
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.runtime.start_up import StartUp
 from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
 from hpc_gen.stages import forecast, save_interval, width
@@ -65,9 +67,10 @@ def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopTok
 
     `stop` has its signal handlers installed already, so a signal during start-up is honoured. Raises HpcGenError.
     """
-    config = _train_config(resolved)
+    config, start = _train_config(resolved), StartUp.begin()
     width.check(config, detect(env.snapshot()).world_size)
     ranks = Ranks.start(timeout_s=config.collective_timeout_s)
+    start.mark("rendezvous")
     try:
         attempt = _claim(run, ranks)
         if ranks.is_main:
@@ -76,7 +79,7 @@ def run_train(run: RunFolder, resolved: Resolved, workspace: Path, stop: StopTok
                 commit.sweep(folder)  # what killed attempts were writing; the chain sweeps its own
         config = _with_interval(run, config, ranks, attempt)
         try:
-            return _attempt(run, resolved, config, workspace, stop, ranks, attempt)
+            return _attempt(run, resolved, config, workspace, stop, ranks, attempt, start)
         finally:
             attempt.journal.close()
     finally:
@@ -126,6 +129,7 @@ def _attempt(
     stop: StopToken,
     ranks: Ranks,
     attempt: Attempt,
+    start: StartUp,
 ) -> ExitCode:
     """Body of one attempt: everything between taking the fence and giving it back is in the journal."""
     ended, code, cause, seen = None, ExitCode.BUG, "error", -1
@@ -134,6 +138,8 @@ def _attempt(
     try:
         with watched(run, config, ranks, attempt.number, attempt.journal):
             job = _prepare(run, resolved, config, workspace, stop, ranks, attempt)
+            job.first_step_done = partial(_started, job, start)
+            start.mark("load")
             ended = loop.train(job)
         code = ExitCode.DONE if ended is None else ExitCode(ended.exit_code)
         cause = "done" if ended is None else ended.detail
@@ -150,6 +156,13 @@ def _attempt(
     _tell(job, ended)
     ranks.barrier()  # all end together: a launcher ends those that linger, and rank 0 may still be publishing
     return code
+
+
+def _started(job: loop.TrainJob, start: StartUp) -> None:
+    """The first step is done: the budget of the start goes into the journal and to whoever watches."""
+    start.mark("first_step")
+    job.journal.event("start_up", **start.fields)
+    job.say(f"train: {start.sentence()}")
 
 
 def _leave(

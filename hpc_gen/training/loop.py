@@ -59,8 +59,8 @@ class TrainJob:
 
     `open_feed(start_images, draw_counter)` starts the feed; `facts` go into every manifest; `published(images,
     final, preempted)` is told what is committed and how the attempt ends (the wandb mirror); `say` prints a line on
-    rank 0. `cut_before`: how often a stop has cut short the validation, previews or evaluation at the clock from which
-    this attempt goes on.
+    rank 0; `first_step_done` is called once, for the start-up budget. `cut_before`: how often a stop has cut short the
+    validation, previews or evaluation at the clock from which this attempt goes on.
     """
 
     method: Method
@@ -78,6 +78,7 @@ class TrainJob:
     periodic: Sequence[Periodic] = ()
     cut_before: int = 0
     published: Callable[[int, bool, bool], None] = lambda images, final, preempted: None
+    first_step_done: Callable[[], None] | None = None
     state: TrainState = field(default_factory=TrainState)
     meter: Meter = field(default_factory=Meter)
 
@@ -134,6 +135,9 @@ def train(job: TrainJob) -> Stop | None:
             if job.engine.leads_data:
                 job.state.add_digest(iteration.digest)
             spans.step_done(job.state.images_seen)
+            if job.first_step_done is not None:
+                job.first_step_done()
+                job.first_step_done = None
             job.meter.step()
             timing.images += config.global_batch
             if not reserved:  # optimizers have their state only now

@@ -47,6 +47,8 @@ export SUBMITIT_EXECUTOR=slurm
 
 # The step. It runs in the background, because a shell looks at its traps only between two commands.
 said=$(mktemp "${TMPDIR:-/tmp}/hpc-gen-srun.XXXXXX") || said=/dev/stderr
+HPC_GEN_LAUNCHED=$(date +%s.%N)  # what the start costs is counted from here
+export HPC_GEN_LAUNCHED
 srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=1 '--output=/w/runs/big one/logs/%j_%t.log' '/opt/hpc gen/bin/python' -I -S '/w/runs/big one/code/slurm/hold_signals.py' '/opt/hpc gen/bin/python' -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
 step=$!
 wait "$step"
