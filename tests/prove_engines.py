@@ -183,7 +183,7 @@ def main() -> int:
     wanted = cells()
     begun = clock.monotonic()
     progress = Progress(len(wanted), "prove engines", "cells", start=len(found))
-    with experiments.scratch_folder() as folder, WarmRanks() as warm:
+    with experiments.scratch_folder() as folder, WarmRanks(matrix.WARM) as warm:
         space = experiments.make_workspace(folder)
         for engine, variant, size in wanted:
             if (engine, variant, size) in found:

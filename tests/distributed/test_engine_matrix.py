@@ -29,7 +29,7 @@ DIAGONAL = [
 
 @pytest.fixture(scope="module")
 def warm() -> Iterator[WarmRanks]:
-    with WarmRanks() as ranks:
+    with WarmRanks(matrix.WARM) as ranks:
         yield ranks
 
 

@@ -42,6 +42,8 @@ ENERGY = STANDARD.replace(
     "diffusion_timesteps: 50,\n   variant: energy, energy: {grad_multiplier: 30.0, learnable_step_size: true, "
     "step_size: 0.05, step_size_lr_scale: 10.0, contrastive_weight: 0.05}}",
 )
+# imported once, not by every rank of every attempt
+WARM = ("deepspeed", "hpc_gen.training.engines.deepspeed", "megatron.core.tensor_parallel.layers", "torch.distributed.fsdp")
 VARIANTS = {"standard": STANDARD, "energy": ENERGY}
 SIZES = (1, 2, 4)
 END = "000000000128"

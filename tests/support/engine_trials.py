@@ -113,10 +113,11 @@ def worst(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     return found
 
 
-def dit(variant: str = "standard") -> EnergyDiffusion:
-    """A tiny transformer of three blocks."""
+def dit(**changes: Any) -> EnergyDiffusion:
+    """A tiny transformer of three blocks; `changes` of its config."""
     section = {"input": "pixels", "image_size": 8, "channels": 1, "patch_size": 4, "hidden": 16, "depth": 3, "heads": 2}
-    return EnergyDiffusion(EnergyConfig(**section, diffusion_timesteps=50, variant=variant), num_classes=3)
+    config = EnergyConfig.model_validate({**section, "diffusion_timesteps": 50, **changes})
+    return EnergyDiffusion(config, num_classes=3)
 
 
 def against_ddp(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -29,13 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 class WarmRanks:
     """The test's side of the server."""
 
-    def __init__(self) -> None:
-        """Start the server; it imports torch while the test goes on."""
+    def __init__(self, also: Sequence[str] = ()) -> None:
+        """Start the server; it imports torch, and the modules named in `also`, while the test goes on."""
         unwanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "HPC_GEN_ATTEMPT")
         environment = {name: value for name, value in os.environ.items() if name not in unwanted}
         environment.update(PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), OMP_NUM_THREADS="1")
         self._server = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, "-P", __file__, *also],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -83,6 +84,8 @@ def serve() -> None:
     import hpc_gen.stages.train  # noqa: F401 - warm
 
     torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         codes = fork_ranks(json.loads(line))
         print(json.dumps(codes), flush=True)
