@@ -84,8 +84,9 @@ def serve() -> None:
     import hpc_gen.stages.train  # noqa: F401 - warm
 
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
+    with contextlib.redirect_stdout(sys.stderr):  # some say hello, and the answers of this server go there
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
     for line in sys.stdin:
         codes = fork_ranks(json.loads(line))
         print(json.dumps(codes), flush=True)
