@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_gen import cli_bank, cli_containers, cli_daily, cli_lab, cli_prove, cli_slurm, cli_sweep
+from hpc_gen import cli_bank, cli_containers, cli_daily, cli_lab, cli_prove, cli_slurm, cli_sweep, cli_watch
 from hpc_gen.cli_checkpoints import checkpoints_app
 from hpc_gen.cli_metrics import metrics_app
 from hpc_gen.cli_parts import (
@@ -257,6 +257,7 @@ cli_daily.add_to(app)
 cli_prove.add_to(app)
 cli_slurm.add_to(app)
 cli_sweep.add_to(app)
+cli_watch.add_to(app)
 
 
 @app.command(epilog=example("hpc-gen doctor", "hpc-gen doctor --cluster lab --json"))

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from hpc_gen.runtime import clock, commit, env
+from hpc_gen.runtime import clock, commit, env, tracking_media
 from hpc_gen.runtime.errors import nearest
 from hpc_gen.runtime.journal import Reader, Row
 from hpc_gen.runtime.run_folder import RunFolder
@@ -227,16 +227,17 @@ def serve(source: IO[bytes] | None = None) -> None:
     except Exception as error:  # a foreign library over a network: nothing is impossible
         code = 1
         _complain(f"{type(error).__name__}: {error}; training goes on, the rows are kept in the journal")
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # without wandb's wait for the network at exit: a finished run has had its own
 
 
 def _complain(text: str) -> None:
-    """Say it to people (stderr) and to the trainer (stdout)."""
+    """Say it to people (stderr) and to the trainer (stdout), where they are still there."""
     text = " ".join(text.split())
-    print(f"wandb: {text}", file=sys.stderr)
-    print(text)
+    for line, stream in ((f"wandb: {text}", sys.stderr), (text, sys.stdout)):
+        try:
+            print(line, file=stream, flush=True)
+        except OSError:
+            pass  # the trainer was killed: nobody reads the pipe
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,7 @@ class _Publisher:
                 if preempted:
                     self._handle.mark_preempting()
                 self._handle.finish(exit_code=1 if preempted else 0)
+                tracking_media.settled(self._folder)
         return final
 
     # ---- online
@@ -311,8 +313,9 @@ class _Publisher:
             marker = _Marker(self._new_id(), "online", 0, _digest([]))
         # Before anything is sent: a kill from here on must find the id and what may have gone out.
         self._remember(replace(marker, mode="online", rows=len(rows), digest=_digest(rows)))
-        self._clear(keep="")
+        self._clear(keep="", media_of=marker.run_id)
         handle = self._init(marker.run_id)
+        tracking_media.send(self._folder, handle)
         start = int(handle.starting_step)
         if start > marker.rows:
             raise MirrorError(
@@ -450,12 +453,17 @@ class _Publisher:
     def _is_synced(self, folder: str) -> bool:
         return any((self._folder / folder).glob("*.wandb.synced"))
 
-    def _clear(self, keep: str) -> None:
-        """Remove the client's folders of killed or earlier attempts: syncing one would double rows."""
+    def _clear(self, keep: str, media_of: str = "") -> None:
+        """Remove the client's folders of killed or earlier attempts: syncing one would double rows.
+
+        `media_of`: the run that goes on; pictures of its killed publishers are kept, to be sent again.
+        """
         for path in sorted(self._folder.glob("*run-*")):
             if path.is_symlink() or not path.is_dir() or _CLIENT_FOLDER.fullmatch(path.name) is None:
                 continue
             if path.name != keep and not self._is_synced(path.name):
+                if media_of and path.name.endswith(f"-{media_of}"):
+                    tracking_media.keep(self._folder, path)
                 commit.remove_tree(path)
 
 

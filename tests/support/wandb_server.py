@@ -57,13 +57,15 @@ class RemoteRun:
 
 
 class WandbServer:
-    """Context manager: the server of one test. `available = False` makes it answer 503 to everything."""
+    """Context manager: the server of one test. `available = False` makes it answer 503 to everything,
+    `takes_files = False` to uploads of files alone."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[str, str], RemoteRun] = {}
         self.operations: list[str] = []
         self.uploads: list[str] = []  # names of files sent, as in run-id/media/images/preview_0_HASH.png
         self.available = True
+        self.takes_files = True
         self.lock = threading.RLock()
         self._answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "Viewer": self._viewer,
@@ -107,6 +109,17 @@ class WandbServer:
             run = self.runs.get((project, run_id), RemoteRun())
             assert run.holes(HISTORY) == 0, f"{run.holes(HISTORY)} lines of the history were never sent"
             return [json.loads(line) for line in run.lines(HISTORY)]
+
+    def lost_pictures(self, project: str, run_id: str) -> list[str]:
+        """Names of pictures that rows speak of and that never arrived."""
+        with self.lock:
+            arrived = {name.removeprefix(f"{run_id}/") for name in self.uploads}
+        found = []
+        for row in self.history(project, run_id):
+            for value in row.values():
+                if isinstance(value, dict) and str(value.get("_type", "")).startswith("images"):
+                    found += [name for name in value["filenames"] if name not in arrived]
+        return found
 
     # ---- what the client asks
 
@@ -195,9 +208,9 @@ class WandbServer:
             def _body(self) -> bytes:
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-            def _reply(self, answer: dict[str, Any]) -> None:
+            def _reply(self, answer: dict[str, Any], taken: bool = True) -> None:
                 content = json.dumps(answer).encode()
-                self.send_response(200 if server.available else 503)
+                self.send_response(200 if server.available and taken else 503)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -214,10 +227,11 @@ class WandbServer:
 
             def do_PUT(self) -> None:
                 body = self._body()
-                if server.available and body:
+                taken = server.takes_files
+                if server.available and taken and body:
                     with server.lock:
                         server.uploads.append(self.path.removeprefix("/upload/"))
-                self._reply({})
+                self._reply({}, taken)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

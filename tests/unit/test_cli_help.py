@@ -40,7 +40,7 @@ CHANGING = ["demo", "run", "stage", "encode", "train", "sample", "evaluate", "re
             "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights fetch", "weights import", "weights export", "metrics stats",
             "checkpoints convert", "checkpoints prune", "prove-resume",
             "fork", "gc", "sweep", "lab start", "lab stop", "submit", "containers build", "cancel", "bank import", "bank export",
-            "bank append", "knowledge external", "knowledge internal"]  # fmt: skip
+            "bank append", "knowledge external", "knowledge internal", "track sync"]  # fmt: skip
 
 
 def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +65,7 @@ def test_all_commands_are_there() -> None:
         "checkpoints list", "checkpoints verify", "checkpoints convert", "checkpoints prune", "prove-resume",
         "metrics stats", "metrics show", "sweep", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",
         "containers build", "containers check", "logs", "cancel", "bank import", "bank export", "bank append", "bank nearest",
-        "knowledge external", "knowledge internal",
+        "knowledge external", "knowledge internal", "spans", "track sync",
     }  # fmt: skip
 
 
