@@ -97,6 +97,7 @@ def run(
     from hpc_gen.stages import runner
 
     resolved = loader.load(config, overrides or [])
+    cli_slurm.refuse_queued_name(resolved.experiment.name, workspace_of(workspace))
     folder = runner.prepare_run(resolved, workspace_of(workspace))
     end(runner.run_stages(folder, _names(stages), say))
 

@@ -210,6 +210,13 @@ def refuse_queued(folder: Any) -> None:
         submission.refuse_second(folder, slurm)
 
 
+def refuse_queued_name(name: str, workspace: Path) -> None:
+    """As `refuse_queued`, for the run of that name in a workspace, if there is one."""
+    folder = workspace / "runs" / name
+    if (folder / "slurm" / "jobs.json").is_file():
+        refuse_queued(run_of(str(folder), workspace))
+
+
 def checks_of(cluster: str, workspace: Path, settings: list[str]) -> Any:
     """What `doctor` finds of a cluster."""
     from slurm import commands, doctor

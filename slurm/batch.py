@@ -162,7 +162,7 @@ def _environment(spec: JobSpec) -> list[str]:
         "# What the processes find around them. Bytecode and caches stay off the shared file system.",
         *profile.modules,
         f"unset {FOREIGN}",
-        f"export PYTHONPATH={_word(str(spec.run / 'code'))}",
+        f'export PYTHONPATH={_word(str(spec.run / "code"))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"export HPC_GEN_WORKSPACE={_word(str(spec.workspace))}",
         f"export OMP_NUM_THREADS={spec.threads} MKL_NUM_THREADS={spec.threads}",
         'cache="${TMPDIR:-/tmp}/hpc-gen-$(id -u)"',

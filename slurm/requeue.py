@@ -59,7 +59,7 @@ def decide(facts):
     """What to do; actions: end (exit with the code), requeue, elsewhere (requeue, without `nodes`), next (end this job
     of a chain well: the one behind it goes on)."""
     code = facts.code if facts.cause is None else facts.cause
-    if facts.told and not facts.over_time:
+    if facts.told and not (facts.over_time or facts.preempted):
         return _end(code or facts.code, "Slurm itself ends this job (cancelled, requeued by hand, or its node is lost)")
     if facts.cause == DONE and facts.code != DONE:
         code = facts.code  # rank 0 was done, another rank was not: not done
@@ -122,7 +122,8 @@ def first_failure(text):
 
 def is_preempted(shown):
     # type: (str) -> bool
-    """Whether `scontrol show job` tells of a preemption under way: PreemptTime is set while the grace time runs."""
+    """Whether `scontrol show job` tells of a preemption: PreemptTime is set while the grace time runs, and stays when
+    Slurm then cancels the job (PreemptMode=CANCEL); of a job that Slurm has requeued by itself it is gone."""
     match = re.search(r"\bPreemptTime=(\S+)", shown)
     return bool(match) and match.group(1) not in ("None", "Unknown", "N/A")  # type: ignore[union-attr]
 
@@ -178,11 +179,12 @@ def history(path):
 
 def in_a_row(ends, progress, failed):
     # type: (List[Dict[str, Any]], int, bool) -> int
-    """Ends just before this one that brought no progress and that no preemption explains; `failed`: only crashes."""
+    """Ends just before this one that brought no progress, and neither a preemption nor Slurm explains it; `failed`:
+    only crashes."""
     count = 0
     for end in reversed(ends):
-        ours = end.get("preempted") or end.get("progress") != progress
-        if ours or (failed and end.get("code") in (DONE, REQUEUE, ELSEWHERE)):
+        excused = end.get("preempted") or end.get("told") or end.get("progress") != progress
+        if excused or (failed and end.get("code") in (DONE, REQUEUE, ELSEWHERE)):
             break
         count += 1
     return count
@@ -301,7 +303,7 @@ def main(arguments, shown, now):
         pass
     content = {
         "t": now, "restart": given.restart, "code": facts.code if facts.cause is None else facts.cause,
-        "srun": facts.code, "action": decision.action, "why": decision.why, "preempted": preempted,
+        "srun": facts.code, "action": decision.action, "why": decision.why, "preempted": preempted, "told": told,
         "progress": progress, "nodes": decision.nodes, "first": dict(first._asdict()) if first else None,
     }  # fmt: skip
     record(path, content)

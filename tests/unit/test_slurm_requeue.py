@@ -69,6 +69,7 @@ def _imports(path: Path) -> list[str]:
         ({"code": 143, "told": True}, "end", 143),
         ({"code": 85, "told": True, "over_time": True}, "requeue", 85),
         ({"code": 143, "told": True, "over_time": True}, "requeue", 85),
+        ({"code": 143, "told": True, "preempted": True}, "requeue", 85),  # where preempted jobs are cancelled
         ({"code": 85, "restarts": 10}, "end", 85),
         ({"code": 85, "stalled": 3}, "end", 85),
         ({"code": 85, "stalled": 9, "preempted": True}, "requeue", 85),  # preempted again and again: not our fault
@@ -117,7 +118,7 @@ def test_laws(facts: Facts) -> None:
     said = facts.code if facts.cause is None else facts.cause
     if said in (2, 64, 75, 87):
         assert found.action == "end" and found.code in (said, facts.code), "another start would not help"
-    if facts.told and not facts.over_time:
+    if facts.told and not (facts.over_time or facts.preempted):
         assert found.action == "end", "Slurm has decided already"
     if facts.restarts >= facts.limit:
         assert not again, "the limit holds"
@@ -204,6 +205,10 @@ def test_progress_and_preemptions_start_the_count_again(tmp_path: Path) -> None:
     for restart in range(8):
         save(tmp_path, restart)
         assert ended(tmp_path, 85, restart).action == "requeue"
+    ours = tmp_path / "ours"  # ended by Slurm: scontrol requeue, a lost node, the end of a grace time
+    for restart in range(8):
+        assert ended(ours, 143, restart, "JobState=COMPLETING Reason=None", told=" TERM").action == "end"
+    assert ended(ours, 85, 8).action == "requeue"
     calm = tmp_path / "calm"
     for restart in range(8):
         assert ended(calm, 143, restart, "JobState=RUNNING PreemptTime=2026-11-27T07:26:30").action == "requeue"
@@ -224,9 +229,10 @@ def test_the_time_limit_of_the_job_is_told_apart_from_scancel(tmp_path: Path) ->
     # the step may have ended before this shell got its signal
     assert ended(tmp_path, 85, 0, "JobState=COMPLETING Reason=None PreemptTime=None").action == "end"
     assert ended(tmp_path / "calm", 85, 0, "JobState=RUNNING Reason=None PreemptTime=None").action == "requeue"
-    # at the end of its grace time Slurm requeues the job by itself
-    shown = "JobState=COMPLETING Reason=None PreemptTime=2026-11-27T07:26:30"
-    assert ended(tmp_path, 143, 0, shown, told=" TERM").action == "end"
+    # at the end of the grace time Slurm requeues the job by itself, or, where the partition says so, cancels it
+    assert ended(tmp_path, 143, 0, "JobState=COMPLETING Reason=None Restarts=1", told=" TERM").action == "end"
+    shown = "JobState=COMPLETING Reason=None Restarts=0 PreemptTime=2026-11-27T08:12:38"
+    assert ended(tmp_path, 143, 0, shown, told=" TERM").action == "requeue"
 
 
 def test_ill_nodes_are_those_of_this_start_and_stay_excluded(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ echo "hpc-gen: $stage of $run, job $job, start $restart, on $SLURM_JOB_NODELIST,
 
 # What the processes find around them. Bytecode and caches stay off the shared file system.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SLURM_EXPORT_ENV HPC_GEN_TASK HPC_GEN_NUM_TASKS HPC_GEN_ATTEMPT HPC_GEN_RUNNER
-export PYTHONPATH='/w/runs/big one/code'
+export PYTHONPATH='/w/runs/big one/code'"${PYTHONPATH:+:$PYTHONPATH}"
 export HPC_GEN_WORKSPACE=/w
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 cache="${TMPDIR:-/tmp}/hpc-gen-$(id -u)"
