@@ -189,7 +189,7 @@ def judge(proof: Proof, undisturbed: RunFolder, disturbed: Disturbed) -> tuple[l
         table.append(f"| {' | '.join(map(str, cells))} |")
     early = sum(not kill.attempt for kill, _ in disturbed.kills)
     title = f"{disturbed.run.name}: {len(disturbed.commits)} checkpoints committed"
-    more = [f"{early} more attempts were killed before they began."] if early else []
+    more = [f"Killed before it could claim a number: {early} more."] if early else []
     difference = [] if disturbed.same_size else [f"Largest relative difference of a logged value: {largest:.2g}."]
     return problems, ["", title, "", *table, *more, *difference]
 
@@ -218,7 +218,7 @@ def _verdict(proof: Proof, problems: list[str]) -> list[str]:
     if problems:
         return ["Verdict: UNEQUAL", *(f"- {problem}" for problem in problems)]
     told = [
-        f"Verdict: equal. Killed {proof.kills} times and resumed on {_ranks(proof.world_sizes[0])}, the run committed "
+        f"Verdict: equal. Killed {proof.kills} time{'s' * (proof.kills > 1)} and resumed on {_ranks(proof.world_sizes[0])}, the run committed "
         "the checkpoints and logged the rows of the run that was never killed, byte for byte."
     ]
     if len(proof.world_sizes) > 1:

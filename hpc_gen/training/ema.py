@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_gen.runtime.errors import CheckpointError
-from hpc_gen.training.checkpoint.pieces import Pieces
+from hpc_gen.training.checkpoint.pieces import Pieces, kind_of
 from hpc_gen.training.engines.base import Holder, Parts
 from hpc_gen.training.engines.layout import Layout
 from hpc_gen.training.engines.whole import Plain
@@ -72,10 +72,9 @@ class EmaSet:
             for name, average in averages.items():
                 for key, part in average.items():
                     place = f"ema/{role}/{name}/{key}"
-                    full = tensors.get(place)
-                    if full is None or tuple(full.shape) != layouts[key].shape:
+                    if place not in tensors or kind_of(tensors, place)[1] != layouts[key].shape:
                         raise CheckpointError(f"no '{place}' of the right shape; was train.ema changed?")
-                    layouts[key].fill(part, full)
+                    layouts[key].read(part, tensors, place)
 
     @contextmanager
     def applied(self, name: str | None) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpc_gen.config.experiment import OptimizerConfig
 from hpc_gen.methods.protocol import ParameterGroup
 from hpc_gen.runtime.errors import CheckpointError
-from hpc_gen.training.checkpoint.pieces import Pieces
+from hpc_gen.training.checkpoint.pieces import Pieces, kind_of
 from hpc_gen.training.engines.layout import Layout
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "step")
@@ -122,16 +122,16 @@ class RoleOptimizer:
             parameter = self.parameters.get(name)
             if parameter is None or kind not in STATE_NAMES:
                 raise CheckpointError(f"optimizer state '{key}' belongs to no parameter; was the model changed?")
-            value = state[key]
+            found = kind_of(state, key)[1]
             layout = self._layouts[name] if self._layouts is not None else None
             shape = tuple(parameter.shape) if layout is None else layout.shape
-            if kind != "step" and tuple(value.shape) != shape:
-                raise CheckpointError(f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {shape}")
+            if kind != "step" and found != shape:
+                raise CheckpointError(f"optimizer state '{key}' has shape {found}, the parameter {shape}")
             own = self._state.setdefault(parameter, {})
             if kind == "step" or layout is None:
-                own[kind] = value.to(parameter.device, copy=True)
+                own[kind] = state[key].to(parameter.device, copy=True)
             else:
-                own[kind] = layout.cut(value, like=parameter.detach())
+                own[kind] = layout.cut(state, key, like=parameter.detach())
         for name, parameter in self.parameters.items():
             lacking = [kind for kind in STATE_NAMES if kind not in self._state.get(parameter, STATE_NAMES)]
             if lacking:

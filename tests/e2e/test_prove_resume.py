@@ -27,7 +27,7 @@ def test_an_experiment_of_a_user(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     page = (tmp_path / "runs" / "tiny-proof" / "proof.md").read_text()
     for told in (done.stdout, page):
-        assert "Verdict: equal. Killed 1 times and resumed on 2 ranks" in told
+        assert "Verdict: equal. Killed 1 time and resumed on 2 ranks" in told
         assert "| equal bytes |" in told and "| equal digest |" in told
         assert "On 2, 1 ranks by turns it saw the same rows and draws" in told
     killed, resized = (RunFolder(tmp_path / "runs" / f"tiny-proof-{name}") for name in ("killed", "resized"))

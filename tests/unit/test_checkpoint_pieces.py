@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpc_gen.runtime.errors import CheckpointError
 from hpc_gen.training.checkpoint import storage
-from hpc_gen.training.checkpoint.pieces import Below, Box, Pieces, copy_from, of_flat_slice, whole
+from hpc_gen.training.checkpoint.pieces import Below, Box, Pieces, copy_from, of_flat_slice, read_into, whole
 
 
 def numbered(shape: Sequence[int]) -> Tensor:
@@ -189,7 +189,7 @@ def test_a_tensor_in_boxes_is_read_whole_or_in_part(stored: Path) -> None:
     assert sorted(tensors) == ["model/net/cut", "model/net/whole", "train/empty", "train/images_seen"]
     assert torch.equal(tensors["model/net/cut"], numbered((4, 5)))
     assert int(tensors["train/images_seen"]) == 8 and tensors["train/empty"].shape == (0, 2)
-    assert tensors.dtype_and_shape("model/net/cut") == (torch.float64, (4, 5))
+    assert tensors.kind("model/net/cut") == (torch.float64, (4, 5))
     full = numbered((4, 5))
     for top in range(4):
         for left in range(5):
@@ -227,6 +227,38 @@ def test_only_what_is_asked_for_is_read(stored: Path, monkeypatch: pytest.Monkey
     assert torch.equal(below["whole"], torch.arange(3)) and reads == ["model/net/whole"]
     tensors.box("model/net/cut", (2, 0), (1, 5))
     assert reads == ["model/net/whole", "model/net/cut", "model/net/cut"]  # two of the five boxes touch this row
+
+
+def test_a_rank_reads_its_own_parts_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same cut each rank reads its share of the files, not all of them: a resume of 512 ranks reads once."""
+    full, ranks = numbered((8, 5)), 4
+    parts = [Pieces((8, 5), full.dtype, (Box((2 * rank, 0), full[2 * rank : 2 * rank + 2]),)) for rank in range(ranks)]
+    flats = [of_flat_slice((8, 5), 10 * rank + 3, full.reshape(-1)[10 * rank + 3 : 10 * rank + 13]) for rank in range(3)]
+    boxes = tuple(box for part in parts for box in part.boxes)
+    storage.save({"model/net/cut": Pieces((8, 5), full.dtype, boxes)}, tmp_path, None)
+    reads: list[tuple[int, ...]] = []
+    chunk = storage.StoredTensors._chunk
+
+    def counted(self: storage.StoredTensors, name: str, of: Any, dtype: torch.dtype) -> Tensor:
+        reads.append(tuple(of.offsets))
+        return chunk(self, name, of, dtype)
+
+    monkeypatch.setattr(storage.StoredTensors, "_chunk", counted)
+    below = Below(storage.StoredTensors(tmp_path), "model/")
+    assert below.kind("net/cut") == (torch.float64, (8, 5))
+    for rank, part in enumerate(parts):
+        mine = Pieces((8, 5), full.dtype, tuple(Box(box.offsets, torch.zeros_like(box.tensor)) for box in part.boxes))
+        reads.clear()
+        read_into(mine, below, "net/cut")
+        assert torch.equal(mine.boxes[0].tensor, part.boxes[0].tensor) and reads == [(2 * rank, 0)]
+    for rank, part in enumerate(flats):  # another cut: two stored parts each, none of them twice
+        mine = Pieces((8, 5), full.dtype, tuple(Box(box.offsets, torch.zeros_like(box.tensor)) for box in part.boxes))
+        reads.clear()
+        read_into(mine, Below(storage.StoredTensors(tmp_path), "model/"), "net/cut")
+        assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine.boxes, part.boxes, strict=True))
+        assert set(reads) == {(2 * rank, 0), (2 * rank + 2, 0)} and len(reads) <= 3
+    with pytest.raises(CheckpointError, match=r"'net/cut' has shape \(8, 5\) and does not fit one of shape \(5, 8\)"):
+        read_into(Pieces((5, 8), full.dtype, ()), below, "net/cut")
 
 
 def test_boxes_with_a_hole_or_an_overlap_are_not_saved(tmp_path: Path) -> None:

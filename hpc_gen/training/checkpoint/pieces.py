@@ -151,7 +151,19 @@ def copy_from(target: Pieces, full: Tensor) -> None:
         box.tensor.copy_(full[box.slices])
 
 
-class Below(Mapping[str, Tensor]):
+class Parts(Mapping[str, Tensor]):
+    """Tensors by name of which a rectangle may be had without the rest, and the kind without any of it."""
+
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Type and shape of a tensor."""
+        raise NotImplementedError
+
+    def box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """One rectangle of a tensor."""
+        raise NotImplementedError
+
+
+class Below(Parts):
     """The entries whose names start with a prefix, named without it; values are read only when they are asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -170,3 +182,38 @@ class Below(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
+
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Type and shape of a tensor."""
+        return kind_of(self._tensors, self._prefix + name)
+
+    def box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """One rectangle of a tensor."""
+        return box_of(self._tensors, self._prefix + name, offsets, sizes)
+
+
+def kind_of(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of one of the tensors; nothing is read where that is possible."""
+    if isinstance(tensors, Parts):
+        return tensors.kind(name)
+    return tensors[name].dtype, tuple(tensors[name].shape)
+
+
+def box_of(tensors: Mapping[str, Tensor], name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """A rectangle of one of the tensors; nothing else is read where that is possible."""
+    if isinstance(tensors, Parts):
+        return tensors.box(name, offsets, sizes)
+    return tensors[name][tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
+
+
+@torch.no_grad()
+def read_into(target: Pieces, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Fill this rank's boxes from one of the tensors; of a checkpoint only the stored parts that they touch are read.
+
+    Raises CheckpointError when the shapes differ.
+    """
+    shape = kind_of(tensors, name)[1]
+    if shape != target.shape:
+        raise CheckpointError(f"'{name}' has shape {shape} and does not fit one of shape {target.shape}")
+    for box in target.boxes:
+        box.tensor.copy_(box_of(tensors, name, box.offsets, tuple(box.tensor.shape)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from hpc_gen.runtime.errors import CheckpointError
 from hpc_gen.training.checkpoint.metadata import read_metadata
+from hpc_gen.training.checkpoint.pieces import Parts
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class StoredTensors(Parts):
     """The tensors of a verified checkpoint by name, each read when it is asked for: whole, fresh, on the CPU.
 
     However the ranks that wrote it had cut a tensor, it is put together here. Only the metadata is held, so a state of
@@ -27,6 +28,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def __init__(self, folder: Path, prefix: str = "") -> None:
         """`prefix`: only names that start with it are seen. Raises CheckpointError when the metadata cannot be read."""
         self.folder = folder
+        self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
         metadata = read_metadata(folder)
         self._places = cast(dict[MetadataIndex, _StorageInfo], metadata.storage_data)
         entries = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
@@ -45,7 +47,7 @@ class StoredTensors(Mapping[str, Tensor]):
         shape = self._entries[name].size
         return self.box(name, (0,) * len(shape), tuple(shape))
 
-    def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """What a tensor is, without reading it."""
         return self._entries[name].properties.dtype, tuple(self._entries[name].size)
 
@@ -79,9 +81,9 @@ class StoredTensors(Mapping[str, Tensor]):
             ends = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if any(end <= begin for begin, end in zip(begins, ends, strict=True)) and math.prod(sizes):
                 continue
-            part = self._chunk(name, chunk, dtype)
-            if tuple(chunk.offsets) == offsets and tuple(chunk.sizes) == sizes and len(entry.chunks) == 1:
-                return part
+            if tuple(chunk.offsets) == offsets and tuple(chunk.sizes) == sizes:
+                return self._chunk(name, chunk, dtype)
+            part = self._kept(name, chunk, dtype)
             whole = torch.empty(sizes, dtype=dtype) if whole is None else whole
             there = tuple(slice(b - o, e - o) for b, e, o in zip(begins, ends, offsets, strict=True))
             here = tuple(slice(b - c, e - c) for b, e, c in zip(begins, ends, chunk.offsets, strict=True))
@@ -91,6 +93,14 @@ class StoredTensors(Mapping[str, Tensor]):
         if whole is None or filled != math.prod(sizes):
             raise CheckpointError(f"{self.folder}: the parts of '{name}' do not cover it; choose another checkpoint")
         return whole
+
+    def _kept(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Tensor:
+        """A stored part; the last one is kept, for the next rectangle often touches it, too."""
+        key = (name, tuple(chunk.offsets))
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = (key, self._chunk(name, chunk, dtype))
+        return self._last[1]
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]

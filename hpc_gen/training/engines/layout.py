@@ -7,13 +7,13 @@ checkpoints of every engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hpc_gen.training.checkpoint.pieces import Box, Pieces, copy_from, of_flat_slice
+from hpc_gen.training.checkpoint.pieces import Box, Pieces, copy_from, kind_of, of_flat_slice, read_into
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes of a rectangle
 
@@ -73,10 +73,17 @@ class Layout:
         else:
             copy_from(self._pieces(part), full)
 
-    def cut(self, full: Tensor, like: Tensor) -> Tensor:
-        """A new tensor with this rank's share of the whole one, shaped and placed like the part `like`."""
-        part = torch.empty_like(like, dtype=full.dtype, memory_format=torch.preserve_format)
-        self.fill(part, full)
+    def read(self, part: Tensor, tensors: Mapping[str, Tensor], name: str) -> None:
+        """`fill` from a tensor of a checkpoint, of which only what touches this rank's share is read."""
+        if self.replicated:
+            self.fill(part, tensors[name])
+        else:
+            read_into(self._pieces(part), tensors, name)
+
+    def cut(self, tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+        """A new tensor with this rank's share of the named one, shaped and placed like the part `like`; see `read`."""
+        part = torch.empty_like(like, dtype=kind_of(tensors, name)[0], memory_format=torch.preserve_format)
+        self.read(part, tensors, name)
         return part
 
     def put(self, part: Tensor, full: Tensor) -> None:

@@ -18,7 +18,7 @@ from hpc_gen.methods.protocol import Losses, Method, Turn
 from hpc_gen.runtime import spans
 from hpc_gen.runtime.errors import CheckpointError
 from hpc_gen.runtime.ranks import Ranks
-from hpc_gen.training.checkpoint.pieces import Below, Pieces
+from hpc_gen.training.checkpoint.pieces import Below, Pieces, kind_of
 from hpc_gen.training.engines.base import MicroBatch, Parts, StepResult
 from hpc_gen.training.engines.layout import Layout
 from hpc_gen.training.engines.whole import Plain, gathered
@@ -256,18 +256,18 @@ class ObjectiveEngine:
                 raise CheckpointError(f"role '{role}' and the checkpoint differ in {len(odd)} keys, first '{odd[0]}'")
             own = dict(module.named_buffers(remove_duplicate=False)) | dict(module.named_parameters())
             for name, source in self._names[role].items():
-                full = given[name]
+                found = kind_of(given, name)[1]
                 layout = self._layouts.get(role, {}).get(source)
                 shape = layout.shape if layout is not None else tuple(own[source].shape)
-                if tuple(full.shape) != shape:
+                if found != shape:
                     raise CheckpointError(
-                        f"model/{role}/{name} has shape {tuple(full.shape)} in the checkpoint, {shape} in the model; "
+                        f"model/{role}/{name} has shape {found} in the checkpoint, {shape} in the model; "
                         "was the method section changed?"
                     )
                 if layout is not None:
-                    layout.fill(self._parts[role][source], full)
+                    layout.read(self._parts[role][source], given, name)
                 else:
-                    own[source].copy_(full)
+                    own[source].copy_(given[name])
         for role, optimizer in self._optimizers.items():
             optimizer.load(Below(tensors, f"optim/{role}/"))
         self._loaded()
