@@ -217,9 +217,10 @@ def _compare_rows(proof: Proof, undisturbed: RunFolder, disturbed: Disturbed) ->
 def _verdict(proof: Proof, problems: list[str]) -> list[str]:
     if problems:
         return ["Verdict: UNEQUAL", *(f"- {problem}" for problem in problems)]
+    times = f"{proof.kills} time{'s' * (proof.kills > 1)}"
     told = [
-        f"Verdict: equal. Killed {proof.kills} time{'s' * (proof.kills > 1)} and resumed on {_ranks(proof.world_sizes[0])}, the run committed "
-        "the checkpoints and logged the rows of the run that was never killed, byte for byte."
+        f"Verdict: equal. Killed {times} and resumed on {_ranks(proof.world_sizes[0])}, the run committed the "
+        "checkpoints and logged the rows of the run that was never killed, byte for byte."
     ]
     if len(proof.world_sizes) > 1:
         told.append(
