@@ -50,9 +50,23 @@ MUTANTS = (
     Mutant(
         "unreduced gradient",
         "hpc_gen/training/engines/buckets.py",
-        "        self._pending.append(self._ranks.all_reduce_sum_async(self.flats[self._next]))\n",
+        "        self._pending.append(self._ranks.all_reduce_sum_async(self.flats[self._next], self._group))\n",
         "",
         ("tests/distributed/test_exact_resume.py",),
+    ),
+    Mutant(
+        "gradients of blocks are means over ranks",
+        "hpc_gen/training/engines/fsdp.py",
+        "                module.set_gradient_divide_factor(1.0)\n",
+        "",
+        ("tests/distributed/test_engines.py", "-k", "computes and fsdp"),
+    ),
+    Mutant(
+        "fused projections split as one",
+        "hpc_gen/methods/energy/objective.py",
+        'TensorSplit("column", fused=3)',
+        'TensorSplit("column")',
+        ("tests/distributed/test_engine_matrix.py", "-k", "tp"),
     ),
     Mutant(
         "rank-keyed noise",

@@ -32,6 +32,7 @@ BENCHES = {
     "cli": "command_line",
     "draws": "random_draws",
     "energy": "second_order",
+    "engines": "engines",
     "gmem": "flow_transformer",
     "encode": "encoding",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import engine_matrix
 import experiments
 import pytest
 from experiments import Workspace
@@ -70,6 +71,15 @@ def test_the_same_on_any_number_of_ranks(
     """4 ranks have fewer batches than ranks: some make padding only."""
     run = shelf.run(f"ranks{world_size}", *STILL)
     assert warm.train(run, world_size) == [0] * world_size, output(run)
+    assert_as_alone(run, alone)
+
+
+@pytest.mark.parametrize("engine", ["fsdp z3", "deepspeed z3", "tp 2"])
+def test_the_same_under_engines_that_shard_the_weights(
+    shelf: Workspace, warm: WarmRanks, alone: RunFolder, engine: str
+) -> None:
+    run = shelf.run(f"under-{engine.replace(' ', '-')}", *STILL, *engine_matrix.overrides(engine, 2))
+    assert warm.train(run, 2) == [0, 0], output(run)
     assert_as_alone(run, alone)
 
 

@@ -24,6 +24,10 @@ def build_engine(
     Where `needs_values` says no, they may be on the meta device. Collective. Raises UserError where `refuse` does.
     """
     refuse(method, config, ranks.world_size, device.type)
+    if config.engine.compile is not None and config.deterministic:
+        import torch._inductor.config as inductor  # a second to import, so not by those who compile nothing
+
+        inductor.deterministic = True
     prepare_blocks(method, modules, config.engine)
     if config.engine.name == "fsdp":
         from hpc_gen.training.engines.fsdp import FsdpEngine
