@@ -174,9 +174,11 @@ def _stage(
 def _ended_word(run: RunFolder, job_id: str, ended: dict[str, EndedJob], unasked: bool) -> str:
     """How a job that is not live ended: Slurm's accounting, else its own last word."""
     known = ended.get(job_id)
+    last = records.ends(run, job_id)[-1:]
+    if last and last[0].get("action") == "next":
+        return "saved for the next of its chain"
     if known is not None:
         return ENDED.get(known.state) or _code_word(known.exit_code or 128 + known.signal)
-    last = records.ends(run, job_id)[-1:]
     if not last:
         return "not known" if unasked else "gone before it began"
     if last[0].get("action") != "end":
@@ -195,6 +197,8 @@ def words(job: LiveJob, submission: Submission) -> str:
         return f"on {job.nodes}{until}" if job.nodes else ""
     if job.reason == "Dependency":
         record = next((each for each in submission.jobs if each.job_id == job.base_id), None)
+        if record is not None and record.dependency == "singleton":
+            return REASONS["Singleton"]
         if record is not None and record.dependency is not None:
             ids = record.dependency.replace(",", ":").split(":")
             stages = dict.fromkeys(each.stage for each in submission.jobs if each.job_id in ids)

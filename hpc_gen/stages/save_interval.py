@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FIRST_SHARE = 20  # before anything is measured: so many saves in the whole training
 CALM_S = 24 * 3600.0  # mean time between interruptions where none has been seen
 SHORTEST_S = 60.0
+NEWEST_ATTEMPTS = 5
 NEWEST = 20  # saves and intervals that are looked at: what they cost of late
 
 
@@ -50,8 +51,14 @@ class Cost:
 
 
 def cost(run: RunFolder, global_batch: int) -> Cost | None:
-    """What saves and steps of a run cost; None before a save was measured."""
-    return cost_of(journal.Reader(run, stage="train").events(), global_batch)
+    """What saves and steps of a run cost; None before a save was measured.
+
+    Read from the ends of the files of its newest attempts: a preempted one has saved at its end, and the journals of a
+    long run are large.
+    """
+    newest = sorted(int(path.name.partition("_")[0]) for path in run.journal.glob("*_train_0.jsonl"))[-NEWEST_ATTEMPTS:]
+    events = [event for attempt in newest for event in journal.ends(run, attempt) if event.stage == "train"]
+    return cost_of(events, global_batch)
 
 
 def cost_of(events: Iterable[Event], global_batch: int) -> Cost | None:

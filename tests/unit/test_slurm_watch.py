@@ -135,6 +135,18 @@ def test_without_a_controller_the_jobs_own_notes_are_told(run: RunFolder, fake: 
     assert lines[3] == "  job 12       train: requeued"
 
 
+def test_jobs_of_a_chain(run: RunFolder, fake: FakeSlurm) -> None:
+    chain = [JobRecord("12", "train", "tiny.train"), JobRecord("13", "train", "tiny.train", [], "singleton")]
+    records.write(run, [Submission(1, 0.0, "lab", PROFILE, chain)])
+    fake.answer("squeue", live(run, ("13", "PENDING", "Dependency")))
+    fake.answer("sacct", "12|12|COMPLETED|0:0|a|b|n1\n")
+    end(run, "12", action="next", code=85)
+    assert told(run)[1:] == [
+        "  job 12       train: saved for the next of its chain",
+        "  job 13       train: pending; waits for the job before it in its chain",
+    ]
+
+
 def test_a_run_that_was_stopped_has_not_failed(run: RunFolder, fake: FakeSlurm) -> None:
     fake.answer("sacct", "12|12|FAILED|87:0|a|b|n1\n")
     end(run, "12", code=87, why="stopped by the user, the state is saved (code 87)")
