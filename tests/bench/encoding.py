@@ -1,4 +1,4 @@
-"""(g) Encoding: the share of its time that a task spends in the network, two tasks at once, images decoded ahead or not.
+"""(g) Encoding: who decodes how fast, and the share of its time that a task spends in the network, decoded ahead or not.
 
 Each task is a process with one thread that encodes photograph-like JPEGs by a network of a published size with random
 weights, through the worker of the stage encode as it stands.
@@ -12,47 +12,86 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Spread, Table
+from measure import Spread, Table, by_turns
 from PIL import Image
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
-TASKS, ROUNDS = 2, 2
-# name -> section tokenizer, images of one unit
-NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
+TASKS = 2
+# name -> section tokenizer, images of one unit, rounds
+NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
     "DINOv2 S/14, 224 of 256 pixels": (
         {"name": "dinov2", "weights": "w", "preset": "vits14", "dinov2": {"flip": False, "columns": ["cls_tokens"]}},
-        64,
+        48,
+        3,
     ),
-    "SD f8, 256 pixels, image and mirror image": ({"name": "kl_vae", "weights": "w", "preset": "sd_f8"}, 8),
+    "SD f8, 256 pixels, image and mirror image": ({"name": "kl_vae", "weights": "w", "preset": "sd_f8"}, 8, 1),
 }
 
 
 def bench(quick: bool) -> list[Table]:
-    """One table: how much of the time is the network's, with decoding overlapped and in turn."""
+    """How much of the time is the network's, with decoding overlapped and in turn; and who decodes how fast."""
+    return [_decoders(quick), _shares(quick)]
+
+
+def _decoders(quick: bool) -> Table:
+    """Pillow and DALI read and decode the same JPEGs, Pillow crops them, nothing else is done."""
+    from hpc_gen.config.experiment import EncodeConfig
+    from shard_tools.pixels import squares
+    from shard_tools.sources import open_source
+
+    images = 16 if quick else 128
+    with tempfile.TemporaryDirectory() as folder:
+        _write_images(Path(folder), images)
+        split = open_source("folder", Path(folder) / "images").splits["train"]
+
+        def reading(decoder: str, threads: int) -> Callable[[], None]:
+            keys = {"source": "folder", "source_path": "images", "image_size": 256, "validation": False}
+            encode = EncodeConfig.model_validate(keys | {"decode": decoder, "threads": threads})
+            return lambda: [None for _ in squares(split, list(range(images)), encode)].clear()
+
+        actions = {
+            "Pillow": reading("pillow", 1),
+            "DALI, 1 thread": reading("dali", 1),
+            "DALI, 2 threads": reading("dali", 2),
+        }
+        seconds = by_turns(actions, 1 if quick else 5)
+    table = Table(
+        "JPEGs to squares of 256 pixels",
+        f"{images} JPEGs of 640 x 480, read, decoded and cropped as ADM does, in one process.",
+        ("decoder", "images/s", "over Pillow"),
+    )
+    for name, spread in seconds.items():
+        table.add(name, spread.per(images).show("{:.0f}"), seconds["Pillow"].over(spread).show())
+    return table
+
+
+def _shares(quick: bool) -> Table:
+    """Two tasks at once, each with a network."""
     table = Table(
         "Encoding: share of the time in the network",
-        f"{TASKS} tasks at once, a thread each; JPEGs of 640 x 480, crop and all. {1 if quick else ROUNDS} rounds.",
+        f"{TASKS} tasks at once, a thread each; JPEGs of 640 x 480, crop and all; both tasks of every round count.",
         ("network", "decoding", "in the network", "images/s per task"),
     )
-    for name, (tokenizer, images) in NETWORKS.items():
+    for name, (tokenizer, images, rounds) in NETWORKS.items():
         if quick and tokenizer["name"] != "dinov2":
             continue
         rows = 8 if quick else images
         with tempfile.TemporaryDirectory() as folder:
             _prepare(Path(folder), tokenizer, rows)
             for overlap in (True, False):
-                told = [_round(Path(folder), tokenizer, rows, overlap) for _ in range(1 if quick else ROUNDS)]
+                told = [_round(Path(folder), tokenizer, rows, overlap) for _ in range(1 if quick else rounds)]
                 flat = [each for tasks in told for each in tasks]
                 share = Spread.of([each["network_s"] / each["seconds"] for each in flat])
                 rate = Spread.of([rows / each["seconds"] for each in flat])
                 how = "ahead, by a thread" if overlap else "before each unit"
                 table.add(name, how, share.show("{:.1f} %", 100), rate.show("{:.2f}"))
-    return [table]
+    return table
 
 
 def _prepare(folder: Path, tokenizer: dict[str, Any], images: int) -> None:
@@ -62,6 +101,17 @@ def _prepare(folder: Path, tokenizer: dict[str, Any], images: int) -> None:
     from hpc_gen.runtime.tensor_files import write_tensors
     from hpc_gen.stages.tokenizer_weights import Statistics, known
 
+    _write_images(folder, images)
+    model = known(tokenizer["preset"])
+    state = {
+        name: torch.randn(value.shape) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.1)
+        for name, value in model.model.state_dict().items()
+    }
+    write_tensors(folder / "w", state, model.metadata(Statistics(None, None)))
+
+
+def _write_images(folder: Path, images: int) -> None:
+    """JPEGs of one class, smooth with a little noise, as photographs are."""
     generator = np.random.default_rng(0)
     (folder / "images" / "a").mkdir(parents=True)
     for i in range(images):
@@ -71,12 +121,6 @@ def _prepare(folder: Path, tokenizer: dict[str, Any], images: int) -> None:
         buffer = io.BytesIO()
         Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
         (folder / "images" / "a" / f"{i:03d}.jpg").write_bytes(buffer.getvalue())
-    model = known(tokenizer["preset"])
-    state = {
-        name: torch.randn(value.shape) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.1)
-        for name, value in model.model.state_dict().items()
-    }
-    write_tensors(folder / "w", state, model.metadata(Statistics(None, None)))
 
 
 def _round(folder: Path, tokenizer: dict[str, Any], rows: int, overlap: bool) -> list[dict[str, float]]:
