@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -183,20 +184,34 @@ class EncodeWorker:
         return files | {str(output.folder / info.file): staging / info.file for info in shards_of(facts)}
 
     def forecast(self) -> Need:
-        """What the missing units will write: a row as the tokenizer makes it of a black image, times their rows."""
+        """What the missing units will write: the bytes of a row, times their rows."""
         missing = [(o, unit) for o in self.outputs.values() for unit in range(o.num_units)]
         missing = [(o, unit) for o, unit in missing if not o.facts_path(unit).is_file()]
         if not missing:
             return Need(0, 0)
-        side = self.encode.image_size
-        black = torch.zeros(self.encode.channels, side, side, dtype=torch.uint8)
-        columns = self._tokenize([black])
-        row = sum(column.numel() * column.element_size() for column in columns.values()) + LABEL_BYTES
+        row = self._row_bytes()
         rows = sum(len(o.items(unit)) for o, unit in missing)
         if self.encode.format not in ROW_LAYOUTS:
             return Need(rows * row, 2 * len(missing))
         blocks = -(-(row + ROW_FILE_BYTES) // FILE_BLOCK)
         return Need(rows * blocks * FILE_BLOCK, rows + len(missing))
+
+    def _row_bytes(self) -> int:
+        """Of a row as a finished unit tells of it; before there is one, as the tokenizer makes it of a black image.
+
+        A forward pass of a large network takes half a minute on a CPU: a task that goes on does without.
+        """
+        done = [(o, unit) for o in self.outputs.values() for unit in range(o.num_units) if o.facts_path(unit).is_file()]
+        for output, unit in done:
+            with suppress(DataError):  # damaged, which is somebody else's to tell
+                columns = read_facts(output, unit).get("columns", {}).values()
+                sizes = [math.prod(each["shape"]) * getattr(torch, each["dtype"]).itemsize for each in columns]
+                if sizes:
+                    return sum(sizes)
+        side = self.encode.image_size
+        black = torch.zeros(self.encode.channels, side, side, dtype=torch.uint8)
+        made = self._tokenize([black]).values()
+        return sum(column.numel() * column.element_size() for column in made) + LABEL_BYTES
 
     def _encode(
         self, output: Output, unit: int, poll: Callable[[], None]

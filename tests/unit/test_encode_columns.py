@@ -152,6 +152,21 @@ def test_options_that_are_refused(tmp_path: Path, options: dict[str, Any], words
         extra_worker(context(tmp_path, options))
 
 
+def test_a_task_that_goes_on_asks_no_network_for_its_forecast(tmp_path: Path, toy: None) -> None:
+    make_images(tmp_path)
+    worker = worker_of(tmp_path, tokenizer=KL)
+    before = worker.forecast()
+    assert worker.tokenizer.encoded == [1]  # type: ignore[attr-defined]
+    unit = worker.units()[0]
+    book = Ledger(tmp_path / "ledger", tmp_path)
+    book.commit(unit, worker.do(unit, commit.make_folder(tmp_path / "staging"), lambda: None), worker.fingerprint())
+    again = worker_of(tmp_path, tokenizer=KL)
+    after = again.forecast()
+    assert again.tokenizer.encoded == []  # type: ignore[attr-defined]
+    assert before.bytes is not None and after.bytes is not None
+    assert after.bytes == before.bytes // 12 * 7, "five of twelve rows are there"
+
+
 class TestAhead:
     def test_the_same_items_in_order(self) -> None:
         assert list(ahead(iter(range(3 * AHEAD)))) == list(range(3 * AHEAD))
