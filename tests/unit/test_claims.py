@@ -60,7 +60,14 @@ def test_many_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("age_s", "state"), [(0, "alive"), (FRESH_S - 5, "alive"), (FRESH_S + 5, "unsure"), (STALE_S + 5, "gone")]
+    ("age_s", "state"),
+    [
+        (0, "alive"),
+        (FRESH_S - 5, "alive"),
+        (FRESH_S + 5, "unsure"),
+        (STALE_S + 5, "gone"),
+        (-STALE_S - 5, "gone"),  # a file server whose clock is ahead
+    ],
 )
 def test_state_by_age(tmp_path: Path, age_s: float, state: str) -> None:
     written_by_another(tmp_path, "a", age_s)
