@@ -35,7 +35,7 @@ def lines(resolved: Resolved, workspace: Path) -> list[str]:
         method, columns = _method(resolved, workspace)
     except UserError as error:
         return [f"not known yet ({error})"]  # the table is not there, and the config does not say what it will be
-    build.refuse(method, config, config.ranks)
+    build.refuse(method, config, config.ranks, "cuda")  # what is planned for has GPUs
     share = config.global_batch // config.engine.data_ranks(config.ranks)
     micro_batch = config.micro_batch_for(config.engine.data_ranks(config.ranks))
     step = measure(method, columns, config, micro_batch)

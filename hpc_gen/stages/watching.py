@@ -20,6 +20,7 @@ from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.spans import Recorder
 from hpc_gen.training.device_peak import peak_of
 from hpc_gen.training.loop import TrainJob
+from hpc_gen.training.memory_plan import plan_of
 from hpc_gen.training.meter import Meter, ProfileWindow
 
 SPANS = "spans"  # folder of their files, below the journal's
@@ -52,12 +53,15 @@ def watched(run: RunFolder, config: TrainConfig, ranks: Ranks, attempt: int, jou
 
 
 def meter(run: RunFolder, resolved: Resolved, workspace: Path, attempt: int, job: TrainJob) -> Meter:
-    """The meter of this rank. Where the peak of its device is known, rank 0 counts the FLOPs of an image.
+    """The meter of this rank; what the ranks will hold is said before the first step.
 
-    That takes seconds, for a large network with an inner loop a minute, so a thread does it beside the first steps, and
-    once per run. A method whose FLOPs cannot be counted has no MFU, and it is said.
+    Where the peak of the device is known, rank 0 counts the FLOPs of an image. That takes seconds, for a large network
+    with an inner loop a minute, so a thread does it beside the first steps, and once per run. A method whose FLOPs
+    cannot be counted has no MFU, and it is said.
     """
     config, ranks = job.config, job.ranks
+    held = plan_of(job.method, job.engine, job.engine.trained_roles(), config, ranks.world_size)
+    job.say(f"memory: {held.summary()}; activations come to it (`hpc-gen run CONFIG --dry-run --world-size N`)")
     peak = config.peak_tflops
     if peak is None and ranks.device.type == "cuda":
         peak = peak_of(torch.cuda.get_device_name(ranks.device))

@@ -2,15 +2,17 @@
 
 Classes:
   parameters    fp32 masters, and buffers
-  copies        what the networks compute with, where that is not the masters: parameters in another format or gathered
-                from other ranks, and what backward passes hold of whole gradients before they are reduced
+  copies        what the networks compute with, where that is not the masters: parameters in another format, or gathered
+                from other ranks
   gradients     as they wait for the optimizer
+  reduction     whole gradients that are not reduced yet, and the buffers for that
   optimizer     two moments, fp32
   averages      fp32, every average of `train.ema`
   activations   of one micro-batch, by a backward pass on tensors without memory (fake_step.py)
 Told is the most loaded rank, rank 0: torch gives it the longer part of what does not divide. How fsdp cuts is not
 computed here but asked: `fully_shard` is applied to the networks on the meta device, in process groups of ranks that do
-not exist. Not counted: the batches of the feed, workspaces of kernels, fragmentation, NCCL's buffers (a GB or two).
+not exist. With tensor parallelism activations are told as if nobody shared them: too many. Not counted: the batches of
+the feed, workspaces of kernels, fragmentation, NCCL's buffers (a GB or two).
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from hpc_gen.config.experiment import TrainConfig
-from hpc_gen.methods.protocol import Method
+from hpc_gen.methods.protocol import Method, ParallelPlan
 from hpc_gen.runtime.progress import format_count
 from hpc_gen.runtime.ranks import Ranks, fake_ranks
+from hpc_gen.training.engines.base import Holder
 
-CLASSES = ("parameters", "copies", "gradients", "optimizer", "averages", "activations")
+CLASSES = ("parameters", "copies", "gradients", "reduction", "optimizer", "averages", "activations")
 MASTER = 4  # bytes of an fp32 number
 MOMENTS = 2 * MASTER
 
@@ -43,17 +46,24 @@ class Share:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one rank by class; `on_host`: classes that lie in host memory (train.engine.offload)."""
+    """Bytes of one rank by class; `on_host`: classes that lie in host memory (train.engine.offload).
+
+    `late`: classes that grow while the backward pass lets go of activations, so that only the larger of both counts.
+    """
 
     world_size: int
     engine: str
     bytes: Mapping[str, int]
     on_host: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
 
     @property
     def device_bytes(self) -> int:
-        """All that lies on the device."""
-        return sum(size for name, size in self.bytes.items() if name not in self.on_host)
+        """The most that lies on the device at once."""
+        here = {name: size for name, size in self.bytes.items() if name not in self.on_host}
+        late = sum(size for name, size in here.items() if name in self.late)
+        activations = here.get("activations", 0)
+        return sum(here.values()) - late - activations + max(late, activations)
 
     def lines(self) -> list[str]:
         """For people: a line per class, then the sum."""
@@ -62,7 +72,7 @@ class MemoryPlan:
             if name not in self.bytes:
                 found.append(f"{name:<12} {'?':>8}")
                 continue
-            where = "  in host memory" if name in self.on_host else ""
+            where = "  in host memory" if name in self.on_host else "  as activations go" if name in self.late else ""
             found.append(f"{name:<12} {_size(self.bytes[name]):>8}{where}")
         return [*found, f"{'together':<12} {_size(self.device_bytes):>8}"]
 
@@ -84,8 +94,8 @@ def plan_memory(
     buffers = sum(b.numel() * b.element_size() for module in roles.values() for b in module.buffers())
     trained = [role for role in roles if method.parameter_groups(role)]
     frozen = sum(p.numel() for role, module in roles.items() if role not in trained for p in module.parameters())
-    shares = [share for role in trained for share in _whole(method, role, roles[role])]
     engine = config.engine
+    shares = [share for role in trained for share in _whole(method, role, roles[role], engine.tensor_parallel)]
     if engine.name == "fsdp":
         with fake_ranks(world_size) as ranks:
             shares = _cut(method, [roles[role] for role in trained], trained, config, ranks, shares)
@@ -95,18 +105,48 @@ def plan_memory(
     found["parameters"] += buffers + MASTER * frozen
     if activation_bytes is not None:
         found["activations"] = activation_bytes
-    host = frozenset(("parameters", "gradients", "optimizer")) if engine.offload == "cpu" else frozenset()
-    return MemoryPlan(world_size, _told(config, world_size), found, host)
+    return _plan(found, config, world_size)
 
 
-def _whole(method: Method, role: str, module: nn.Module) -> list[Share]:
+def plan_of(method: Method, holder: Holder, roles: Sequence[str], config: TrainConfig, world_size: int) -> MemoryPlan:
+    """The plan of an engine that is there, by what it says it holds of its trained `roles`; without activations."""
+    shares = []
+    for role in roles:
+        trained = {name for group in method.parameter_groups(role) for name in group.names}
+        plan = method.parallel_plan(role)
+        for name, layout in holder.layouts(role).items():
+            unit = _unit(plan, role, name)
+            shares.append(Share(math.prod(layout.shape), layout.numel, name in trained, unit))
+    return _plan(_by_class(shares, config, world_size), config, world_size)
+
+
+def _plan(found: Mapping[str, int], config: TrainConfig, world_size: int) -> MemoryPlan:
+    engine = config.engine
+    host = frozenset(("parameters", "gradients", "optimizer", "averages")) if engine.offload == "cpu" else frozenset()
+    late = frozenset()
+    if engine.name == "fsdp":
+        late = frozenset(("gradients",) if _keeps_whole(config, world_size) else ("gradients", "reduction"))
+    return MemoryPlan(world_size, _told(config, world_size), found, host, late - host)
+
+
+def _whole(method: Method, role: str, module: nn.Module, ways: int) -> list[Share]:
+    """Every parameter, held whole but for the layers that `ways` tensor-parallel ranks share."""
     plan = method.parallel_plan(role)
-    units = () if plan.differentiates_inside else plan.fsdp_units
     found = []
     for name, parameter in module.named_parameters():
-        unit = next((each for each in units if name.startswith(f"{each}.")), "")
-        found.append(Share(parameter.numel(), parameter.numel(), parameter.requires_grad, unit and f"{role}.{unit}"))
+        layer, _, key = name.rpartition(".")
+        split = plan.tensor_splits.get(layer) if ways > 1 else None
+        local = parameter.numel()
+        if split is not None and not (split.kind == "row" and key == "bias"):
+            local //= ways
+        found.append(Share(parameter.numel(), local, parameter.requires_grad, _unit(plan, role, name)))
     return found
+
+
+def _unit(plan: ParallelPlan, role: str, name: str) -> str:
+    """The unit of sharding that a parameter belongs to, "" for none."""
+    units = () if plan.differentiates_inside else plan.fsdp_units
+    return next((f"{role}.{each}" for each in units if name.startswith(f"{each}.")), "")
 
 
 def _cut(
@@ -152,6 +192,7 @@ def _by_class(shares: Sequence[Share], config: TrainConfig, world_size: int) -> 
     found = {
         "parameters": MASTER * held,
         "copies": 0,
+        "reduction": 0,
         "gradients": MASTER * held_trained,
         "optimizer": MOMENTS * held_trained,
         "averages": MASTER * averages * held,
@@ -159,32 +200,27 @@ def _by_class(shares: Sequence[Share], config: TrainConfig, world_size: int) -> 
     seen = 2 if engine.param_dtype is not None else MASTER  # bytes of a parameter as the networks see it
     whole, whole_trained = _sum(shares), _sum(shares, trained=True)
     if engine.name == "fsdp":
-        found["copies"] = _gathered(shares, config, world_size, seen)
+        rest = _sum(share for share in shares if not share.unit)
+        # the rest is gathered all through a step; of the units two at a time (stage 3), or all (stage 2)
+        found["copies"] = seen * (whole if engine.zero_stage == 2 else rest + 2 * _largest(shares))
+        largest = max(_largest(shares), _sum((s for s in shares if not s.unit), trained=True))
+        found["reduction"] = seen * (whole_trained if _keeps_whole(config, world_size) else largest) + MASTER * largest
     elif engine.name == "deepspeed":
-        bucket = int(engine.bucket_mb * 2**20)
-        found["copies"] = seen * (held_trained if engine.zero_stage == 3 else whole) + bucket
+        found["copies"] = seen * (held_trained + 2 * _largest(shares) if engine.zero_stage == 3 else whole)
+        found["reduction"] = int(engine.bucket_mb * 2**20)
         if engine.zero_stage == 1:
             found["gradients"] = seen * whole_trained
-        if engine.zero_stage == 3:
-            found["copies"] += seen * 2 * _largest(shares)
     return found
 
 
-def _gathered(shares: Sequence[Share], config: TrainConfig, world_size: int, seen: int) -> int:
-    """What fsdp gathers: the rest always; of the units two at a time (stage 3) or all (stage 2)."""
-    rest = _sum(share for share in shares if not share.unit)
-    largest = max(_largest(shares), _sum((s for s in shares if not s.unit), trained=True))
+def _keeps_whole(config: TrainConfig, world_size: int) -> bool:
+    """Whether whole gradients stay over the micro-batches of a step: stage 2 of fsdp, which reduces them once."""
     several = config.global_batch // (world_size * config.micro_batch_for(world_size)) > 1
-    if config.engine.zero_stage == 3:
-        parameters, gradients = rest + 2 * _largest(shares), largest
-    else:
-        # whole gradients stay over the micro-batches of a step, and are reduced once
-        parameters, gradients = _sum(shares), _sum(shares, trained=True) if several else largest
-    return seen * (parameters + gradients) + MASTER * largest
+    return config.engine.zero_stage == 2 and several
 
 
 def _largest(shares: Sequence[Share]) -> int:
-    """Elements of the largest unit; of the largest parameter where there are none."""
+    """Elements of the largest unit, 0 where there are none."""
     units: dict[str, int] = {}
     for share in shares:
         if share.unit:

@@ -93,10 +93,10 @@ def test_the_plan_for_many_ranks(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     lines = [line.removeprefix("memory").strip() for line in ran.output.splitlines() if line.startswith("memory")]
     assert lines[0] == "fsdp stage 3 on 512 ranks; bytes of the most loaded one"
-    assert [line.split()[0] for line in lines[1:8]] == [
-        "parameters", "copies", "gradients", "optimizer", "averages", "activations", "together"
+    assert [line.split()[0] for line in lines[1:9]] == [
+        "parameters", "copies", "gradients", "reduction", "optimizer", "averages", "activations", "together"
     ]  # fmt: skip
-    assert "micro-batch of 2 images, 1 per step and rank" in lines[8] and "GFLOP per image" in lines[9]
+    assert "micro-batch of 2 images, 1 per step and rank" in lines[9] and "GFLOP per image" in lines[10]
     assert not (tmp_path / "runs").exists()
     refused = CliRunner().invoke(app, ["run", str(config), "--world-size", "512", "-w", str(tmp_path)])
     assert refused.exit_code != 0 and "--dry-run" in str(refused.exception)
