@@ -28,6 +28,7 @@ from measure import Table  # noqa: E402
 BENCHES = {
     "loop": "training_loop",
     "tables": "table_reading",
+    "formats": "format_reading",
     "save": "checkpoint_save",
     "cli": "command_line",
     "draws": "random_draws",
