@@ -34,9 +34,9 @@ def test_quick_draws_print_a_table_and_write_a_page(tmp_path: Path) -> None:
 def test_every_benchmark_named_on_the_command_line_exists() -> None:
     done = run("--help")
     assert done.returncode == 0, done.stderr
-    assert "loop, tables, save, cli, draws" in " ".join(done.stdout.split())
+    assert "loop, tables, formats, save, cli, draws" in " ".join(done.stdout.split())
     unknown = run("lop")
     assert unknown.returncode == 2 and "unknown benchmark 'lop'" in unknown.stderr
     folder = RUN.parent
-    for module in ("training_loop", "table_reading", "checkpoint_save", "command_line", "random_draws"):
+    for module in ("training_loop", "table_reading", "format_reading", "checkpoint_save", "command_line", "random_draws"):
         assert "def bench(quick: bool) -> list[Table]:" in (folder / f"{module}.py").read_text(), module
