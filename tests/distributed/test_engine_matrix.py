@@ -11,7 +11,7 @@ import engine_matrix as matrix
 import experiments
 import pytest
 from experiments import Workspace
-from warm_ranks import WarmRanks
+from warm_ranks import WarmRanks, output
 
 from hpc_gen.runtime.run_folder import RunFolder
 
@@ -64,3 +64,19 @@ def test_an_engine_trains_resumes_and_moves_as_one_process_would(
     assert experiments.rows(killed) == experiments.rows(whole)
     verdict = matrix.compare(matrix.moved(warm, space, variant, engine, size, then), reference)
     assert verdict.holds(variant), verdict
+
+
+def test_weights_to_begin_from_reach_ranks_that_never_had_them(
+    warm: WarmRanks, space: Workspace, one_process: dict[str, RunFolder]
+) -> None:
+    """With fsdp rank 0 alone has values at first, its own initial ones or those of `train.init_from`."""
+    given = f"train.init_from={{run: {one_process['standard'].name}, ema: main}}"
+    runs = []
+    for engine, size in (("ddp", 1), ("fsdp z3", 2)):
+        run = space.run(f"from-{size}", given, *matrix.overrides(engine, size), text=matrix.STANDARD)
+        assert warm.train(run, size) == [0] * size, output(run)
+        runs.append(run)
+    verdict = matrix.compare(runs[1], runs[0])
+    assert verdict.holds("standard"), verdict
+    first = [experiments.rows(run)[0][1]["loss"] for run in (runs[0], one_process["standard"])]
+    assert first[0] != first[1]  # it did begin elsewhere

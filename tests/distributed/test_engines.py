@@ -55,6 +55,21 @@ def test_bf16_parameters_train_with_fp32_masters(found: dict[str, Any], name: st
     assert 0.0 < result["state"] < 0.5 * result["moved"], result
 
 
+@pytest.mark.parametrize("name", named("half"))
+def test_fp16_trains_under_a_loss_scale_that_resumes_with_it(found: dict[str, Any], name: str) -> None:
+    """Where the scaled loss overflows, nothing moves and the step counts as not finite."""
+    result = found[name]
+    assert "error" not in result, result["error"]
+    assert result["begun"] == 0.0 and 0.0 < result["losses"] < 0.01, result
+    assert 0.0 < result["state"] < 0.5 * result["moved"], result
+    assert result["scale"][:2] == [65536.0, 2.0] and result["resumed"] == 0.0, result
+    assert result["overflowed"] == [False, False] and result["unmoved"] == 0.0, result
+
+
+def test_fp16_is_refused_where_there_is_none(found: dict[str, Any]) -> None:
+    assert "train.engine.param_dtype = fp16, but deepspeed has no fp16 on this cpu; remove it" in found["no half"]["sentence"]
+
+
 @pytest.mark.parametrize("name", named("guard"))
 def test_a_step_that_is_not_finite_or_a_spike_changes_nothing(found: dict[str, Any], name: str) -> None:
     result = found[name]

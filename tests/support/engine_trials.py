@@ -71,6 +71,11 @@ def share(method: Method, turn: Turn, ranks: Ranks, counter: int, cut: int = 2) 
     ]
 
 
+def named_state(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
+    """What every engine has in a checkpoint."""
+    return {name: value for name, value in whole_state(engine, ranks).items() if not name.startswith("engine/")}
+
+
 def whole_state(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
     """The state of an engine as a checkpoint would have it, on every rank."""
     found: dict[str, Tensor] = {}
@@ -128,16 +133,59 @@ def against_ddp(
     clip = {"optimizer": {"clip": 0.05, "weight_decay": 0.1, "eps": 1e-2}}
     ours_method, theirs_method = make_method(), make_method()
     ours, theirs = make(ours_method, ranks, engine, **clip, **changes), make(theirs_method, ranks, {}, **clip)
-    begun = worst(whole_state(ours, ranks), whole_state(theirs, ranks))
+    begun = worst(named_state(ours, ranks), named_state(theirs, ranks))
     a, b = play(ours_method, ours, ranks, range(6)), play(theirs_method, theirs, ranks, range(6))
     losses = max(abs(x.total - y.total) / max(1.0, abs(y.total)) for x, y in zip(a, b, strict=True))
     norms = max(abs(x.grad_norm - y.grad_norm) / max(1.0, y.grad_norm) for x, y in zip(a, b, strict=True))
-    state = worst(whole_state(ours, ranks), whole_state(theirs, ranks))
-    fresh = whole_state(make(make_method(), ranks, {}, **clip), ranks)
-    after = whole_state(theirs, ranks)
+    state = worst(named_state(ours, ranks), named_state(theirs, ranks))
+    fresh = named_state(make(make_method(), ranks, {}, **clip), ranks)
+    after = named_state(theirs, ranks)
     moved = worst({name: after[name] for name in fresh}, fresh)
     clipped = sum(result.grad_norm > 0.05 for result in b)
     return {"begun": begun, "losses": losses, "norms": norms, "state": state, "moved": moved, "clipped": clipped}
+
+
+def half(ranks: Ranks, stage: int) -> dict[str, Any]:
+    """fp16 under a loss scale, resumed, and with a scale under which everything overflows.
+
+    deepspeed says that only some CPUs have kernels for it; torch has them for all, slow ones.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    engine = {"name": "deepspeed", "stage": stage, "param_dtype": "fp16"}
+    found = against_ddp(dit, ranks, engine)
+    method, twin_method, hot_method = dit(), dit(), dit()
+    ours, twin = make(method, ranks, engine), make(twin_method, ranks, engine, seed=99)
+    play(method, ours, ranks, range(2))
+    saved = whole_state(ours, ranks)
+    found["scale"] = saved["engine/loss_scale/denoiser"].tolist()
+    twin.load(saved)
+    play(method, ours, ranks, range(2, 4))
+    play(twin_method, twin, ranks, range(2, 4))
+    found["resumed"] = worst(whole_state(ours, ranks), whole_state(twin, ranks))
+    hot = make(hot_method, ranks, {**engine, "loss_scale": 2.0**40})
+    before = whole_state(hot, ranks)
+    found["overflowed"] = [result.finite for result in play(hot_method, hot, ranks, range(2))]
+    found["unmoved"] = worst(whole_state(hot, ranks), before)
+    return found
+
+
+def refused_half(ranks: Ranks) -> dict[str, Any]:
+    """fp16 where deepspeed has none."""
+    from deepspeed.accelerator import get_accelerator
+
+    from hpc_gen.runtime.errors import UserError
+
+    type(get_accelerator()).is_fp16_supported = lambda self: False
+    try:
+        make(dit(), ranks, {"name": "deepspeed", "param_dtype": "fp16"})
+    except UserError as error:
+        return {"sentence": str(error)}
+    return {"sentence": ""}
+
+
+ENERGY = {"variant": "energy", "energy": {"grad_multiplier": 30.0, "learnable_step_size": True, "step_size": 0.05}}
 
 
 def guarded(ranks: Ranks, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +258,15 @@ TRIALS: dict[str, Callable[[Ranks], Any]] = {
     "offload, deepspeed 3": lambda ranks: against_ddp(dit, ranks, {**ZERO3, "offload": "cpu"}),
     "checkpointing, fsdp 3": lambda ranks: against_ddp(dit, ranks, {**FSDP3, "checkpointing": "selective"}),
     "checkpointing, deepspeed 3": lambda ranks: against_ddp(dit, ranks, {**ZERO3, "checkpointing": "full"}),
+    "checkpointing, energy, fsdp 2": lambda ranks: against_ddp(
+        lambda: dit(**ENERGY), ranks, {**FSDP2, "checkpointing": "full"}
+    ),
+    "checkpointing, energy, deepspeed 2": lambda ranks: against_ddp(
+        lambda: dit(**ENERGY), ranks, {**ZERO2, "checkpointing": "selective"}
+    ),
+    "half, deepspeed 1": lambda ranks: half(ranks, 1),
+    "half, deepspeed 3": lambda ranks: half(ranks, 3),
+    "no half": refused_half,
     "guard, ddp": lambda ranks: guarded(ranks, {}),
     "guard, fsdp 3": lambda ranks: guarded(ranks, FSDP3),
     "guard, deepspeed 1": lambda ranks: guarded(ranks, ZERO1),
