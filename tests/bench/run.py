@@ -36,6 +36,7 @@ BENCHES = {
     "engines": "engines",
     "gmem": "flow_transformer",
     "encode": "encoding",
+    "evaluate": "evaluation",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,19 +35,30 @@ def write_inception(path: Path) -> str:
 
 def write_clip(path: Path) -> str:
     """A tiny CLIP image tower as a TorchScript archive, the form in which OpenAI publishes it; returns the hash."""
+    return _write_clip(path, embed=24, resolution=64, layers=2, width=64)
+
+
+def write_whole_clip(path: Path) -> str:
+    """The same at the size of ViT-B/32."""
+    return _write_clip(path, embed=512, resolution=224, layers=12, width=768)
+
+
+def _write_clip(path: Path, embed: int, resolution: int, layers: int, width: int) -> str:
     torch.manual_seed(0)
-    tower = fidelity._module("feature_extractor_clip").CLIPVisual(24, 64, 2, 64, 32).visual
+    tower = fidelity._module("feature_extractor_clip").CLIPVisual(embed, resolution, layers, width, 32).visual
 
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.visual = tower
-            self.text_projection = nn.Parameter(torch.zeros(8, 24))
+            self.text_projection = nn.Parameter(torch.zeros(8, embed))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    torch.jit.trace(Whole(), torch.zeros(1)).save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the form is OpenAI's, whatever torch thinks of it now
+        torch.jit.trace(Whole(), torch.zeros(1)).save(str(path))
     return sha256_file(path)
 
 

@@ -232,3 +232,62 @@ def test_the_file_is_plain_json(evaluated):
     document = json.loads(evaluated[1].metrics("main").read_text())
     assert document["format"] == "hpc-gen-metrics-1"
     assert {record["name"] for record in document["metrics"]} == {"fid", "fid_infinity", "kid", "precision", "recall", "isc"}
+
+
+# ---------------------------------------------------------------- keys of the section
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.metrics=[fd_dinov2]", "metric 'fd_dinov2' needs 'evaluate.dinov2': name and weights of its network"),
+        ("evaluate.metrics=[clip_fid]", "metric 'clip_fid' needs 'evaluate.clip'"),
+        ("evaluate.metrics=[fid, fdi]", r"evaluate\.metrics"),
+        ("evaluate.reference={table: a, images: b}", "names both 'table' and 'images'; give one"),
+    ],
+)
+def test_wrong_keys_are_refused(tmp_path, override, message):
+    from hpc_gen.config.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        toy_run.make_run(tmp_path, override, checkpoint=False)
+
+
+def test_new_keys_change_no_identity_of_experiments_without_them(tmp_path):
+    """The identity of the toy experiment, pinned before networks of their own and class lists could be named."""
+    _, resolved = toy_run.make_run(tmp_path, checkpoint=False)
+    from hpc_gen.config.base import split
+
+    sections = split(resolved.experiment)[0]
+    assert not {"clip", "dinov2", "isc_split_images"} & set(sections["evaluate"])
+    assert not {"class_file", "output"} & set(sections["sample"]) and "images" not in sections["evaluate"]["reference"]
+
+
+def test_distances_without_anything_to_compare_with_are_refused(evaluated, tmp_path):
+    """Statistics of the main network are none of a second one."""
+    import networks
+
+    workspace, run, _, _ = evaluated
+    sha256 = networks.write_clip(workspace / "clip.pt")
+    from eval_jobs.statistics import StatisticsJob, make_statistics
+
+    make_statistics(StatisticsJob("tables/train", workspace / "ref.npz", "random-conv"), workspace, lambda line: None)
+    _, resolved = toy_run.make_run(
+        workspace,
+        "evaluate.metrics=[fid, clip_fid]",
+        "evaluate.reference={statistics: ref.npz}",
+        f"evaluate.clip={{name: clip-vit-b-32, weights: clip.pt, sha256: {sha256}}}",
+        checkpoint=False,
+        name="nothing",
+    )
+    with pytest.raises(UserError, match="'clip_fid' has nothing to compare with: give evaluate.reference images, or eval"):
+        _worker(run, resolved, workspace)
+    wrong = toy_run.make_run(
+        workspace,
+        "evaluate.metrics=[clip_fid]",
+        f"evaluate.clip={{name: clip-vit-b-32, weights: clip.pt, sha256: {sha256}, statistics: ref.npz}}",
+        checkpoint=False,
+        name="wrong-statistics",
+    )[1]
+    with pytest.raises(DataError, match=r"ref\.npz was made by another extractor: dtype|layer|name"):
+        _worker(run, wrong, workspace)

@@ -169,3 +169,28 @@ def test_work_in_the_background_is_left_when_a_stop_comes() -> None:
     with pytest.raises(StopRequested):
         in_background(lambda: time.sleep(1), poll)
     assert time.monotonic() - began < 0.9
+
+
+# ---------------------------------------------------------------- its budget
+
+
+def test_an_evaluation_beyond_its_budget_is_given_up_and_told(workspace: Workspace) -> None:
+    """Training goes on, with the numbers of a training that does not evaluate."""
+    changes = (ONLINE[0].replace("every_images: 32", "every_images: 32, budget_s: 0.000001"), ONLINE[1])
+    run = workspace.run("budget", *changes, "train.total_images=64")
+    plain = workspace.run("plain", "train.total_images=64")
+    assert workspace.train(run) == ExitCode.DONE and workspace.train(plain) == ExitCode.DONE
+    assert values(run) == {} and not list(run.path.glob("metrics/online-*.json"))
+    told = [event.fields["detail"] for event in events(run, "fault")]
+    assert len(told) == 2 and all("train.evaluate.budget_s = 1e-06 is spent; raise it, or draw fewer images" in t for t in told)
+    assert [data["loss"] for _, data in experiments.rows(run)] == [data["loss"] for _, data in experiments.rows(plain)]
+
+
+def test_metrics_of_the_evaluate_stage_alone_are_left_out(workspace: Workspace) -> None:
+    """sfid, clip_fid and fd_dinov2 look at other layers and networks; they do not slow the training."""
+    offline = ONLINE[1].replace("[fid, kid, prc, isc]", "[fid, sfid]")
+    run = workspace.run("main-only", ONLINE[0], offline, "train.total_images=32")
+    assert workspace.train(run) == ExitCode.DONE
+    assert set(values(run)[32]) == {"evaluate/fid"}
+    with pytest.raises(UserError, match="train.evaluate has nothing to measure: sfid are for the evaluate stage"):
+        workspace.train(workspace.run("none", ONLINE[0], ONLINE[1].replace("[fid, kid, prc, isc]", "[sfid]")))
