@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,4 +117,9 @@ def facts_of(path: Path) -> dict[str, Any]:
     }
     if found.provenance is None:
         return {**facts, "made by": "it does not say: make sure yourself that its extractor is yours"}
-    return {**facts, **{name: value for name, value in found.provenance.items() if name not in ("count", "format")}}
+    for name, value in found.provenance.items():
+        if isinstance(value, Mapping):
+            facts |= {f"{name}.{inner}": fact for inner, fact in value.items()}
+        elif name not in ("count", "format"):
+            facts[name] = value
+    return facts

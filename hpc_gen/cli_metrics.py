@@ -79,4 +79,4 @@ def metrics_show(
         say(writer.dumps(found, indent=1))
         return
     for name, value in found.items():
-        say(f"{name:<12} {value}")
+        say(f"{name:<24} {value}")
