@@ -78,6 +78,11 @@ class JoinedTable(Table):
             own = largest / (sum(part.table.shard_rows) / len(part.table.shard_rows))
             part.table.keep_open(shards if part is self._parts[0] else int(shards * (own + 1)) + 1)
 
+    def announce(self, rows: Int64Array) -> None:
+        """As `Table.announce`, to every table."""
+        for part in self._parts:
+            part.table.announce(rows if part.rows is None else part.rows[rows])
+
     @property
     def num_open(self) -> int:
         """Shards of all tables that are mapped now."""

@@ -94,6 +94,10 @@ class MappedShards:
         """Shards that are mapped now."""
         return len(self._window.shards)
 
+    def has(self, number: int) -> bool:
+        """Whether a shard is mapped now."""
+        return number in self._window.shards
+
     def plan(self, rows: Int64Array, columns: Sequence[str]) -> PlannedRows | None:
         """Open the shards of rows [n], n >= 1, and find each row in them; None: a row is outside the table."""
         if int(rows.min()) < 0 or int(rows.max()) >= self._starts[-1]:

@@ -8,6 +8,7 @@ Rows are copied in one numpy call per column (data/mapped.py): measured faster t
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from torch import Tensor
 from hpc_gen.data.foreign import damaged_member, shard_files, survey
 from hpc_gen.data.index import INDEX_NAME, LABELS, TableIndex
 from hpc_gen.data.mapped import Int64Array, MappedShards, Shard
+from hpc_gen.data.packed import ShardOpener
 from hpc_gen.data.ptshard import content_sha256
 from hpc_gen.data.row_files import ROW_LAYOUTS, RowReader
 from hpc_gen.data.shard_files import open_columns
@@ -52,6 +54,7 @@ class Table:
         self._class_numbers = {name: number for number, name in enumerate(index.class_names)}
         inside = {name: column for name, column in index.columns.items() if name != LABELS}
         self._row_reader = RowReader(index.layout, inside) if index.layout in ROW_LAYOUTS else None
+        self._opener = ShardOpener(index.columns) if index.layout == "ptshard" else None
         self._mapped = MappedShards(self._starts, index.columns, self._open, open_shards)
         self._rows: dict[int, Shard] = {}
         self._lock = threading.Lock()
@@ -136,6 +139,18 @@ class Table:
         """Hold at most so many shards mapped: as many as the order reads from at a time, or each is opened anew."""
         self._mapped.limit = max(1, shards)
 
+    def announce(self, rows: Int64Array) -> None:
+        """Rows that will be read soon: the system is asked to fetch their shards meanwhile. Nothing is waited for.
+
+        Rows in random order would be fetched page by page, each waited for; a shard as a whole comes at the speed of
+        the disk.
+        """
+        if self._row_reader is not None:
+            return
+        for number in np.unique(self._starts.searchsorted(rows, side="right") - 1).tolist():
+            if not self._mapped.has(number):
+                will_need(self.folder / self.index.shards[number].file)
+
     @property
     def num_open(self) -> int:
         """Shards that are mapped now."""
@@ -163,6 +178,8 @@ class Table:
         if self._row_reader is not None:
             shard = self._row_reader.open(path, info.bytes, says)
             shard[LABELS] = torch.tensor([self._class_number(info.file)])
+        elif self._opener is not None:
+            shard = self._opener.open(path, info.rows, info.bytes, says)
         else:
             shard = open_columns(self.index.layout, path, self.index.columns, info.rows, info.bytes, says)
         labels = shard.get(LABELS)
@@ -214,6 +231,20 @@ class Table:
             return []
         rows = "its rows differ" if content_sha256(shard) != info.content else "its rows are unharmed"
         return [f"shard {path} has another SHA-256 than the index says ({rows}); restore it"]
+
+
+def will_need(path: Path) -> None:
+    """Ask the system to read a file into its cache; a file that cannot be opened is left to whoever reads it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        pass  # a file system without it: an advice is no more than that
+    finally:
+        os.close(descriptor)
 
 
 def _open_one(folder: Path) -> Table:
