@@ -34,6 +34,34 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "a jackknife that forgets how many groups there are",
+        "hpc_gen/metrics/resampling.py",
+        "(GROUPS - 1) / GROUPS * np.sum(",
+        "1 / GROUPS * np.sum(",
+        ("tests/unit/test_resampling.py",),
+    ),
+    Mutant(
+        "a kernel distance with the diagonal",
+        "hpc_gen/metrics/kid.py",
+        "own = float(within.sum() - within.diagonal().sum()) + ",
+        "own = float(within.sum()) + ",
+        ("tests/unit/test_kid_prc_isc.py",),
+    ),
+    Mutant(
+        "samples and reference exchanged in precision",
+        "hpc_gen/metrics/prc.py",
+        "        precision=Share.of(inside),\n        recall=Share.of(torch.cat(recalled)),\n",
+        "        precision=Share.of(torch.cat(recalled)),\n        recall=Share.of(inside),\n",
+        ("tests/unit/test_kid_prc_isc.py",),
+    ),
+    Mutant(
+        "a cancelled point that is worked on all the same",
+        "eval_jobs/sweep.py",
+        "            if not self.is_wanted(part.point):\n                raise _Cancelled\n",
+        "",
+        ("tests/unit/test_sweep.py",),
+    ),
+    Mutant(
         "swapped adaLN chunks",
         "hpc_gen/methods/energy/model.py",
         "shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self",

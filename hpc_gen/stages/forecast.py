@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOW_SHARE = 0.1  # of the file system; less than that left is worth a line
 PNG_SHARE = 0.75  # of the raw bytes of an image; photographs take about that, noise all of them
+FEATURE_BYTES = 4 * (2048 + 1008 + 2)  # per image where features are kept in its place: Inception's, hash and number
 FILES_PER_CHECKPOINT = 3  # folder, manifest, metadata; one more per rank
 
 ADVICE = {
@@ -197,8 +198,23 @@ def sample_need(run: RunFolder, experiment: Experiment) -> Need | None:
     if not left:
         return None
     images = min(config.num_images, left * config.block_images)
+    output = getattr(config, "output", "png")  # runs of before it could be chosen
+    if output == "features":
+        each = _feature_bytes(run, done[0].stem, config.block_images) if done else FEATURE_BYTES
+        return Need(int(each * images), 5 * left)  # features, block.json, ledger and folder
     each = _measured(run, done[0].stem) if done else _image_bytes(experiment)
+    if output == "npz" and each is not None:
+        each += _raw_bytes(experiment) or each  # all of them once more, uncompressed
     return Need(None if each is None else int(each * images), images + 3 * left)  # block.json, ledger and folder
+
+
+def _feature_bytes(run: RunFolder, unit: str, images: int) -> float:
+    """Bytes of the features of an image, by a block that is there."""
+    try:
+        record = Ledger(run.ledger("sample"), run.path).record_of(unit) or {"files": {}}
+    except DataError:
+        return FEATURE_BYTES
+    return sum(int(file["bytes"]) for file in record["files"].values()) / images
 
 
 def _measured(run: RunFolder, unit: str) -> float | None:
@@ -213,11 +229,15 @@ def _measured(run: RunFolder, unit: str) -> float | None:
 
 def _image_bytes(experiment: Experiment) -> float | None:
     """About the bytes of an image, from its side and channels; None when the config does not tell them."""
+    raw = _raw_bytes(experiment)
+    return None if raw is None else PNG_SHARE * raw + 100  # a hundred bytes of framing
+
+
+def _raw_bytes(experiment: Experiment) -> float | None:
+    """Bytes of the pixels of an image in colour; None when the config does not tell them."""
     encode, method = experiment.encode, experiment.method
     side = encode.image_size if encode is not None else method.get("image_size")
-    if not isinstance(side, int):
-        return None
-    return PNG_SHARE * 3 * side * side + 100  # PNGs are in colour; a hundred bytes of framing
+    return 3.0 * side * side if isinstance(side, int) else None
 
 
 def stage_need(run: RunFolder, experiment: Experiment, stage: str) -> tuple[Need, Path] | None:

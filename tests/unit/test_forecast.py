@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import toy_run
 from experiments import LINEAR, TINY, Workspace, make_workspace, resolved
 from toy_run import make_run
 
@@ -248,3 +249,22 @@ def test_status_answers_whatever_the_config_holds(tmp_path: Path, text: str) -> 
     assert forecast.of_run(run) == []
     run.config_path.unlink()
     assert forecast.of_run(run) == []
+
+
+@pytest.mark.parametrize("output", ["npz", "features"])
+def test_samples_in_other_forms(tmp_path, output):
+    """After the first block: features by those of that block; .npz: the PNGs, and the pixels of all once more."""
+    from eval_jobs import sample
+
+    run, found = toy_run.make_run(tmp_path, f"sample.output={output}", "evaluate.metrics=[fid]")
+    before = forecast.sample_need(run, found.experiment)
+    worker = sample.worker(toy_run.context(run, found, tmp_path, "sample"))
+    toy_run.do_units(run, worker, worker.units()[:1])
+    need = forecast.sample_need(run, found.experiment)
+    assert before.bytes is not None and need.bytes is not None
+    toy_run.do_units(run, worker)
+    blocks = [path for path in run.samples("main").rglob("*") if path.is_file() and path.parent.name in ("000001", "000002")]
+    written = sum(path.stat().st_size for path in blocks)
+    if output == "npz":
+        written += 12 * 3 * 64
+    assert written == pytest.approx(need.bytes, rel=0.3)  # the last block is half a block, with a whole header
