@@ -337,7 +337,7 @@ def wrapped(case: Case, objective: Objective, device: torch.device) -> nn.Module
 def seeded(shape: Shape, energy: bool) -> Objective:
     torch.manual_seed(0)
     objective = Objective(DiT(shape, energy))
-    for name, parameter in objective.named_parameters():  # nothing zero: gates and output would hide the blocks
+    for parameter in objective.parameters():  # nothing zero: gates and output would hide the blocks
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
     return objective
