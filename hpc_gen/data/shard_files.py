@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,16 @@ def write_columns(layout: Layout, sink: ByteSink, columns: Mapping[str, Tensor],
         first = next(iter(plain.values()))
         # what LightningDiT's and GMem's own shards say of themselves
         facts = {"total_size": str(rows), "dtype": str(first.dtype), "device": "cpu"}
-        sink.write(save(plain, facts))
+        _write_ordered(sink, save(plain, facts))
+
+
+def _write_ordered(sink: ByteSink, file: bytes) -> None:
+    """Write a safetensors file with the keys of its header sorted: the library has those of the metadata at random."""
+    length = int.from_bytes(file[:8], "little")
+    text = json.dumps(json.loads(file[8 : 8 + length]), separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    sink.write(memoryview(file)[8 + length :])
 
 
 def open_columns(

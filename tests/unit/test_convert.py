@@ -65,7 +65,7 @@ def test_another_cut_a_part_of_the_columns_and_halves(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists() and "would write 20 rows in 3 shards" in HERE[-1]
 
 
-@pytest.mark.parametrize("layout", ["ptshard", "webdataset", "npz"])
+@pytest.mark.parametrize("layout", ["ptshard", "webdataset", "safetensors", "npz"])
 def test_killed_before_any_file_operation_it_goes_on(tmp_path: Path, layout: str) -> None:
     """Before each operation in turn: what lies there then is whole or absent, and the end is the undisturbed one."""
     write_table(tmp_path / "a", latents(3), shard_rows=2, num_classes=4)

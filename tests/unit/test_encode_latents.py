@@ -27,7 +27,7 @@ from shard_tools.encode import EncodeWorker
 
 KEYS = ("moments", "moments_flip")
 CLASSES = ("n01440764", "n01443537", "n01484850")
-FORMATS = pytest.mark.parametrize("layout", ["ptshard", "pt", "npz"])
+FORMATS = pytest.mark.parametrize("layout", ["ptshard", "webdataset", "safetensors", "pt", "npz"])
 
 
 @pytest.fixture(autouse=True)
