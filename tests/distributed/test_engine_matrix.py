@@ -10,10 +10,15 @@ from collections.abc import Iterator
 import engine_matrix as matrix
 import experiments
 import pytest
+import torch
 from experiments import Workspace
 from warm_ranks import WarmRanks, output
 
+from hpc_gen.methods.materialise import materialise
+from hpc_gen.runtime.ranks import RankInfo, Ranks
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.stages.build import meta_method, open_table, table_facts
+from hpc_gen.training.engines.ddp import DdpEngine
 
 # engine, variant, ranks, ranks that it is moved to in the middle
 DIAGONAL = [
@@ -43,6 +48,20 @@ def space() -> Iterator[Workspace]:
 def one_process(warm: WarmRanks, space: Workspace) -> dict[str, RunFolder]:
     """ddp on one rank, by variant."""
     return {variant: matrix.undisturbed(warm, space, variant, "ddp", 1) for variant in matrix.VARIANTS}
+
+
+def test_the_experiment_has_several_buckets_and_units(space: Workspace) -> None:
+    """Else resumes would be exact by accident: one sum has one order."""
+    experiment = experiments.resolved(text=matrix.STANDARD).experiment
+    assert experiment.train is not None
+    method = meta_method(experiment, table_facts(open_table(space.path, experiments.TABLE)))
+    alone = Ranks(RankInfo(0, 1, 0, 1, "python"), "gloo", torch.device("cpu"))
+    engine = DdpEngine(method, materialise(method, 0), experiment.train, alone, alone.device)
+    (role,) = engine.trained_roles()
+    assert len(engine._buckets[role].flats) >= 3
+    assert len(method.parallel_plan(role).fsdp_units) + 1 >= 3
+    bytes_of_buckets = experiment.train.engine.bucket_mb * 2**20
+    assert sum(part.numel() * 4 for part in engine.parts(role).values()) >= 3 * bytes_of_buckets
 
 
 @pytest.mark.parametrize(("engine", "variant", "size", "then"), DIAGONAL, ids=[f"{c[0]}-{c[1]}" for c in DIAGONAL])

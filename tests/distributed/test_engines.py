@@ -15,12 +15,13 @@ import engine_trials
 import pytest
 
 SCRIPT = Path(engine_trials.__file__)
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all trials
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What each trial found."""
-    done = subprocess.run([sys.executable, str(SCRIPT), "2"], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([sys.executable, str(SCRIPT), "2"], capture_output=True, text=True, timeout=560, check=False)
     results: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         results.update(json.loads(line))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +70,8 @@ class DeepspeedEngine(ObjectiveEngine):
         for parameter in module.parameters():
             # "not to be sent to the other ranks", where it is already; deepspeed fails to send one without an axis
             parameter.ds_optim_param = True
-        engine, zero, _, _ = self._library.initialize(model=wrapped, optimizer=client, config=self._settings())
+        with _errors_only():  # it warns of an optimizer that it does not know: ours
+            engine, zero, _, _ = self._library.initialize(model=wrapped, optimizer=client, config=self._settings())
         for parameter in module.parameters():
             del parameter.ds_optim_param
         self._engines[role] = engine
@@ -318,11 +321,26 @@ def _imported(device: torch.device, ranks: Ranks) -> Any:
             "`pip install hpc-gen[deepspeed]`, or use train.engine.name=fsdp"
         ) from error
     logger.setLevel(logging.WARNING)
+    # at every step, of names that this torch has new ones for
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if device.type == "cpu":
         # It would compile a shared-memory sum when it starts (half a minute, and a compiler), whose ranks spin for ever
         # once one of them is killed; gloo does the same sums and ends with an error.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """deepspeed's log without warnings for a while."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_format(library: Any, config: TrainConfig) -> None:

@@ -184,8 +184,7 @@ class FsdpEngine(ObjectiveEngine):
         if sound and math.isfinite(grad_norm):
             clip = self._config.optimizer.clip
             if clip is not None and grad_norm > clip:
-                for each in gradients.values():
-                    each.mul_(clip / (grad_norm + 1e-6))
+                torch._foreach_mul_(list(gradients.values()), clip / (grad_norm + 1e-6))
             names = self._same_reach(turn, list(gradients))
             for name, part in optimizer.parameters.items():
                 part.grad = gradients[name] if name in names else None
