@@ -90,6 +90,8 @@ def _run(wanted: Any, root: Path, dry_run: bool) -> None:
 
 def _submit(wanted: Any, root: Path, cluster: str, settings: list[str], dry_run: bool) -> None:
     """As arrays on Slurm. Jobs of a state that is no longer wanted are cancelled; what they committed stays."""
+    import os
+
     from eval_jobs import sweep_plan
     from hpc_gen import cli_slurm
     from hpc_gen.stages import run_setup
@@ -103,6 +105,7 @@ def _submit(wanted: Any, root: Path, cluster: str, settings: list[str], dry_run:
         accepted = run_setup.accepted(folder, resolved, root)
         cli_slurm.submit_folder(folder, accepted, cluster, profile, None, dry_run=True)
         return
+    os.umask(int(profile.umask, 8))
     slurm = commands.Commands()
     live = submission.live_jobs(folder, slurm) if folder.exists() else []
     folder = sweep_plan.apply(found, resolved, root)

@@ -25,6 +25,8 @@ from slurm.profiles import TRAIN, ClusterProfile
 from slurm.requeue import progress_of
 from slurm.task import StageTask
 
+PLANNING = ("sample", "points")  # stages whose workers write the plans of their images: of a run, of a sweep
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -185,7 +187,7 @@ def _corresponds(experiment: Experiment, stage: str, before: list[StagePlan], nu
 
 def _listed(run: RunFolder, resolved: Resolved, stage: str, dry_run: bool) -> tuple[int, list[int], bool] | None:
     """(units, places of the missing ones, whether nothing is left) by the worker; None: it cannot say yet."""
-    if dry_run and stage == "sample":
+    if dry_run and stage in PLANNING:
         return None  # its worker writes the plan of the samples
     context = StageContext(run, resolved, stage, run.workspace)
     try:

@@ -169,6 +169,53 @@ def test_other_metrics_take_no_new_images(workspace):
     assert sweep_table.table_of(folder, more).rows[0].value("precision") is not None
 
 
+def test_a_dry_run_on_a_cluster_writes_nothing(workspace):
+    """Also of the plans that the workers of its first stage write; what is missing is then told without them."""
+    from hpc_gen.stages.run_setup import accepted
+    from slurm import graph, profiles
+
+    found, resolved = sweep_plan.plan(_grid(workspace), workspace)
+    folder = sweep_plan.folder_of(found, workspace)
+    plans = graph.plan_stages(
+        folder, accepted(folder, resolved, workspace), profiles.load("lab", workspace, []), [*sweep_plan.STAGES, "report"],
+        print, dry_run=True,
+    )  # fmt: skip
+    assert [plan.stage for plan in plans] == ["points", "features", "scores", "report"]
+    assert not folder.path.exists()
+
+
+def test_on_slurm_only_what_the_grid_changes_is_submitted(workspace, monkeypatch):
+    """First arrays for all; a line less while they run: nothing; a line more: the jobs that do not know it make way."""
+    from fake_slurm import FakeSlurm
+    from typer.testing import CliRunner
+
+    from hpc_gen import cli
+
+    fake = FakeSlurm(workspace / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.path}:/usr/bin:/bin")
+    monkeypatch.setattr("os.umask", lambda mask: mask)  # of this process, which runs other tests, too
+
+    def command(**changes) -> str:
+        _grid(workspace, **changes)
+        done = CliRunner().invoke(cli.app, ["sweep", str(workspace / "grid.yaml"), "-c", "lab", "-w", str(workspace)])
+        assert done.exit_code == 0, done.output + str(done.exception)
+        return done.output
+
+    folder = workspace / "runs" / "grid"
+    assert "4 points, 4 to be done" in command()
+    assert len([line for line in fake.asked("sbatch") if "--test-only" not in line]) == 4
+    lines = "".join(f"{n}|{n}|PENDING|Priority|N/A|N/A|N/A|low||grid.{s}|{folder}\n" for n, s in ((101, "points"), (102, "features")))
+    fake.answer("squeue", lines)
+    fake._write("scancel", 'echo -n > "$root/squeue.txt"')
+    less = command(axes={"guidance": [1.0], "steps": [1, 2]})
+    assert less.count("cancelled") == 2 and "2 jobs are at it already" in less and fake.asked("scancel") == []
+    assert json.loads((folder / "wanted.json").read_text()) == sorted(sweep_plan.read_sweep(run_setup.load_run(sweep_plan.RunFolder(folder))).points)
+    more = command(axes={"guidance": [1.0, 4.0], "steps": [1, 2]})
+    assert "2 jobs do not know the 2 new points: cancelled, and submitted with them" in more
+    assert fake.asked("scancel") == ["101 102"]
+    assert len([line for line in fake.asked("sbatch") if "--test-only" not in line]) == 8
+
+
 # ---------------------------------------------------------------- search
 
 
