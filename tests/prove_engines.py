@@ -146,8 +146,7 @@ def page(found: list[Cell]) -> str:
         f"- {engine} on fewer than {size} ranks: it has no meaning there." for engine, size in matrix.FEWEST.items()
     ]
     lines += [
-        "- deepspeed with fp16: this CPU has none (`train.engine.param_dtype=fp16` is refused there); GPUs only.",
-        "- bf16 parameters and offload: tests/distributed/test_engines.py tries them, with the tolerance of bf16.",
+        "- fp16, bf16 parameters and offload: tests/distributed/test_engines.py tries them, to the precision that they have.",
     ]
     return "\n".join(lines) + "\n"
 
