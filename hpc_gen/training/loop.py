@@ -347,11 +347,18 @@ def _save(job: TrainJob) -> float:
             job.published(job.chain.committed_images, False, False)
     if job.state.best_images >= 0:
         job.chain.best_images = job.state.best_images  # not before the save under way has done its own retention
-    job.state.merge_digests(job.ranks.all_gather_objects(job.state.digest_here))
+    job.state.merge_digests([_sum_over_ranks(job.state.digest_here, job.ranks)])
     facts = {**job.facts, "digest": f"{job.state.digest:016x}"}
     with spans.span("save"):
         job.chain.save(job.state.images_seen, _everything(job), facts)
     return clock.monotonic() - begun
+
+
+def _sum_over_ranks(digest: int, ranks: Ranks) -> int:
+    """Sum of a 64-bit number over ranks: by halves, which cannot overflow, in one small collective."""
+    halves = torch.tensor([digest >> 32, digest & 0xFFFFFFFF])
+    high, low = ranks.all_reduce_sum_cpu(halves).tolist()
+    return (int(high) << 32) + int(low)
 
 
 def _tell_slow(job: TrainJob, waited_s: float) -> None:
