@@ -161,7 +161,8 @@ class EvaluateWorker:
     def _measured(self, look: Look) -> dict[str, list[MetricRecord]]:
         """Records of each metric of one network, in one reading of its features."""
         samples = self._load(look, SAMPLES)
-        copies = len(samples["hashes"][0]) - len(torch.unique(samples["hashes"][0]))
+        hashes = samples.get("hashes", [torch.empty(0)])[0]  # features of before copies were counted have none
+        copies = len(hashes) - len(torch.unique(hashes))
         images = self._images_of_reference
         real = self._load(look, REFERENCE) if images is not None and self._needs_reference(look) else {}
         reference = suite.Reference(

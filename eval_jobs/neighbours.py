@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from eval_jobs.pictures import Picture, strip
 from hpc_gen.config.loader import Resolved
-from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import HpcGenError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.sampling.index import SampleIndex
@@ -29,6 +28,7 @@ MAX_ROWS = 50_000
 SIDE = 32
 _CHUNK = 2048
 _FORMAT = "hpc-gen-neighbours-1"
+_SEARCHED: dict[str, dict[str, Any]] = {}  # by what was searched among what: the page and its file need it
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,8 @@ def neighbours_of(index: SampleIndex, run: RunFolder, resolved: Resolved) -> Nei
         return None  # the tables are elsewhere: a run folder alone has a report, too
     if images.shape != index.image_shape:
         return None
-    count = min(IMAGES, index.num_images)
-    samples = index.read(range(count))
-    found = _kept(run, index, images) or _search(samples, images)
-    _keep(run, index, images, found)
+    samples = _looked_at(index)
+    found = _found(run, index, images)
     pictures = []
     for i, (rows, distances) in enumerate(zip(found["rows"], found["distances"], strict=True)):
         beside = torch.cat([samples[i : i + 1], torch.cat([images.read([row]) for row in rows])])
@@ -61,6 +59,30 @@ def neighbours_of(index: SampleIndex, run: RunFolder, resolved: Resolved) -> Nei
         pictures.append(strip(beside, alt, f"Image {i}; then rows {told}"))
     among = f"{where}, the first {images.rows:,} of them" if images.rows == MAX_ROWS else f"{images.rows:,} {where}"
     return Neighbours(pictures, among)
+
+
+def file_of(index: SampleIndex, run: RunFolder, resolved: Resolved) -> tuple[str, str] | None:
+    """Name and text of the file beside the report that keeps what was found; None where nothing is looked for."""
+    try:
+        images, _ = _images(run, resolved)
+    except HpcGenError:
+        return None
+    if not index.has_images or images.shape != index.image_shape:
+        return None
+    document = {"format": _FORMAT, "of": _key(index, images), **_found(run, index, images)}
+    return _path(run, index).name, json.dumps(document, sort_keys=True)
+
+
+def _looked_at(index: SampleIndex) -> Tensor:
+    return index.read(range(min(IMAGES, index.num_images)))
+
+
+def _found(run: RunFolder, index: SampleIndex, images: ReferenceImages) -> dict[str, Any]:
+    """From the last report, from this process, or searched now."""
+    key = json.dumps(_key(index, images))
+    if key not in _SEARCHED:
+        _SEARCHED[key] = _kept(run, index, images) or _search(_looked_at(index), images)
+    return _SEARCHED[key]
 
 
 def _images(run: RunFolder, resolved: Resolved) -> tuple[ReferenceImages, str]:
@@ -115,12 +137,3 @@ def _kept(run: RunFolder, index: SampleIndex, images: ReferenceImages) -> dict[s
         pass  # absent or torn: searched again
     return None
 
-
-def _keep(run: RunFolder, index: SampleIndex, images: ReferenceImages, found: dict[str, Any]) -> None:
-    """Write what was found; a folder that cannot be written costs the next report some time, nothing else."""
-    if _kept(run, index, images) is not None:
-        return
-    try:
-        commit.write_json(_path(run, index), {"format": _FORMAT, "of": _key(index, images), **found})
-    except (OSError, UserError):
-        pass

@@ -44,7 +44,7 @@ def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
     everything = journal.read(run)
     events, kept = _work(everything, journal.attempts_of(everything, journal.claims(run)))
     rows = journal.history_of(event for event in events if event.stage == "train" and event.task == 0)
-    samples = _samples(run, problems)
+    samples = read_samples(run, problems)
     metrics = read_metrics(run, problems)
     if everything.torn:
         problems.append(f"{everything.torn} lines of the journal were cut off by kills and are left out")
@@ -119,7 +119,7 @@ def _facts(
     return found
 
 
-def _samples(run: RunFolder, problems: list[str]) -> list[tuple[str, SampleIndex]]:
+def read_samples(run: RunFolder, problems: list[str]) -> list[tuple[str, SampleIndex]]:
     """Tag and index of each finished set of samples: `main` first, then by checkpoint."""
     found = []
     for path in sorted((run.path / "samples").glob("*/index.json")):

@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 
 import hpc_gen
-from eval_jobs import sweep_page, sweep_plan, sweep_table
-from eval_jobs.page import gather, read_metrics
+from eval_jobs import neighbours, sweep_page, sweep_plan, sweep_table
+from eval_jobs.page import gather, read_metrics, read_samples
 from hpc_gen.config.loader import Resolved
 from hpc_gen.metrics import results
 from hpc_gen.metrics.results import MetricFile
@@ -54,7 +54,10 @@ def beside(run: RunFolder, resolved: Resolved) -> dict[str, str]:
         return {"sweep.csv": sweep_table.to_csv(table), "sweep.json": text}
     files = list(read_metrics(run, []).values())
     records = [{"tag": file.tag, **results.to_json(record)} for file in files for record in file.records]
-    return {"metrics.csv": metrics_csv(files), "metrics.json": json.dumps(records, indent=1, sort_keys=True)}
+    found = {"metrics.csv": metrics_csv(files), "metrics.json": json.dumps(records, indent=1, sort_keys=True)}
+    index = next((each for _, each in read_samples(run, []) if each.has_images), None)
+    kept = neighbours.file_of(index, run, resolved) if index is not None else None
+    return {**found, kept[0]: kept[1]} if kept is not None else found
 
 
 COLUMNS = (

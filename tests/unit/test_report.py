@@ -298,8 +298,11 @@ def test_nearest_training_images(whole):
     assert [rows[0] for rows in found["rows"]] == [7, 30] and [d[0] for d in found["distances"]] == [0.0, 0.0]
     assert all(len(rows) == 3 and distances == sorted(distances) for rows, distances in zip(found["rows"], found["distances"]))
     kept = run.report.parent / "neighbours-main.json"
-    before = kept.read_bytes()
-    assert neighbours.neighbours_of(index, run, resolved) is not None and kept.read_bytes() == before
+    document = json.loads(kept.read_text())
+    assert document["rows"] == neighbours._search(index.read(range(8)), images)["rows"]
+    neighbours._SEARCHED.clear()
+    assert neighbours._kept(run, index, images) == {"rows": document["rows"], "distances": document["distances"]}
+    assert neighbours.file_of(index, run, resolved) == ("neighbours-main.json", kept.read_text())
 
 
 def test_numbers_lie_beside_the_page(whole):
