@@ -25,7 +25,8 @@ class Proof:
     """One proof: runs of `images` images, killed once in each of `kills` windows, on `world_sizes` ranks.
 
     The first size is that of the undisturbed run and of the run that must have its bytes; with more than one, another
-    run changes to the next size at each resume. `resolved` is the shrunk experiment.
+    run changes to the next size at each resume. `resolved` is the shrunk experiment; `preparing`: its stages before
+    training, by which the table is made where it is not there.
     """
 
     resolved: Resolved
@@ -35,6 +36,7 @@ class Proof:
     window: int
     images: int
     batch: int
+    preparing: tuple[str, ...] = ()
 
     @property
     def tolerance(self) -> float:
@@ -79,7 +81,9 @@ def make(
     shrunk = _overrides(train, given.experiment.name, batch, micro, window, total, sizes)
     ours = [f"{key}={value}" for key, value in shrunk.items() if key not in chosen]
     resolved = run_setup.typed(loader.load(config, [*overrides, *ours]))
-    return Proof(resolved, kills, seed, sizes, window, total, batch)
+    order = given.experiment.stage_order()
+    preparing = order[: order.index("train")] if "train" in order else []
+    return Proof(resolved, kills, seed, sizes, window, total, batch, tuple(preparing))
 
 
 def _default_sizes(train: TrainConfig) -> tuple[int, ...]:

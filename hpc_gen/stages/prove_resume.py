@@ -59,7 +59,7 @@ def prove(proof: Proof, workspace: Path, say: Say) -> int:
     for line in lines(proof):
         say(line)
     undisturbed = _begin(proof, workspace, "")
-    _encode(proof, undisturbed, say)
+    _make_table(proof, undisturbed, say)
     say(f"\n{undisturbed.name}: never disturbed, {_ranks(proof.world_sizes[0])}")
     prove_kills.finish(undisturbed, workspace, undisturbed.logs / "proof.log")
     disturbed = [_disturb(proof, workspace, "-killed", (proof.world_sizes[0],), say)]
@@ -90,18 +90,18 @@ def _begin(proof: Proof, workspace: Path, suffix: str) -> RunFolder:
     return run
 
 
-def _encode(proof: Proof, run: RunFolder, say: Say) -> None:
+def _make_table(proof: Proof, run: RunFolder, say: Say) -> None:
     """The table must be there, or the experiment must say how it is made."""
-    experiment = proof.resolved.experiment
-    if (run.workspace / experiment.data.table).is_dir():
+    table = run.workspace / proof.resolved.experiment.data.table
+    if table.is_dir():
         return
-    if experiment.encode is None:
+    if not proof.preparing:
         raise UserError(
-            f"table {run.workspace / experiment.data.table} is not there and the experiment has no 'encode' section; "
-            "make the table first, or set data.table"
+            f"table {table} is not there and the experiment has no stage before 'train' that would make it; make it "
+            "first, or set data.table"
         )
-    if code := runner.run_stages(run, ["encode"], say):
-        raise ProofFailed(f"the table could not be encoded: stage encode ended with code {code}")
+    if code := runner.run_stages(run, proof.preparing, say):
+        raise ProofFailed(f"the table could not be made: stages {', '.join(proof.preparing)} ended with code {code}")
 
 
 def _disturb(proof: Proof, workspace: Path, suffix: str, sizes: Sequence[int], say: Say) -> Disturbed:

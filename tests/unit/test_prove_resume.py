@@ -21,6 +21,7 @@ from hpc_gen.stages.prove_plan import Proof
 from hpc_gen.stages.prove_resume import Disturbed
 from hpc_gen.training.checkpoint import read
 
+ROOT = Path(__file__).resolve().parents[2]
 LARGE = """
 name: large
 seed: 3
@@ -285,7 +286,37 @@ def test_runs_of_others_are_not_removed(tmp_path: Path, large: Path) -> None:
     experiments.Workspace(tmp_path).run("large-proof-killed")
     with pytest.raises(UserError, match="is not the run of an earlier proof; choose another name with name="):
         prove_resume._begin(proof, tmp_path, "-killed")
-    with pytest.raises(UserError, match="is not there and the experiment has no 'encode' section"):
-        prove_resume._encode(proof, first, lambda line: None)
+    with pytest.raises(UserError, match="is not there and the experiment has no stage before 'train' that would make it"):
+        prove_resume._make_table(proof, first, lambda line: None)
+
+
+def test_the_stages_before_training_make_a_table_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = ROOT / "job_configs" / "demo" / "mnist16.yaml"
+    proof = make(shipped, sizes=(2, 1))
+    run = RunFolder(tmp_path / "runs" / "proof")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(prove_resume.runner, "run_stages", lambda run, stages, say: asked.append(list(stages)) or 0)
+    prove_resume._make_table(proof, run, lambda line: None)
+    assert asked == [["encode"]]
+    (tmp_path / "tables" / "mnist16").mkdir(parents=True)
+    prove_resume._make_table(proof, run, lambda line: None)
+    assert len(asked) == 1
+    monkeypatch.setattr(prove_resume.runner, "run_stages", lambda run, stages, say: 64)
+    (tmp_path / "tables" / "mnist16").rmdir()
+    with pytest.raises(prove_resume.ProofFailed, match="could not be made: stages encode ended with code 64"):
+        prove_resume._make_table(proof, run, lambda line: None)
+
+
+def test_every_shipped_training_can_be_made_small() -> None:
+    shrunk = 0
+    for path in sorted((ROOT / "job_configs").rglob("*.yaml")):
+        if "\ntrain:" not in path.read_text():
+            continue  # a reference table, or a sweep
+        proof = make(path, sizes=(2, 1))
+        assert proof.images <= 1000 and proof.train.total_images == proof.images, path
+        shrunk += 1
+    assert shrunk >= 10
 
 
