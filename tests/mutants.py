@@ -190,6 +190,48 @@ MUTANTS = (
         "            if not claims.take(unit) and False:\n",
         ("tests/unit/test_claims.py",),
     ),
+    Mutant(
+        "a cancelled job requeues itself",
+        "slurm/requeue.py",
+        "    if facts.told and not (facts.over_time or facts.preempted):\n",
+        "    if False:\n",
+        ("tests/unit/test_slurm_requeue.py",),
+    ),
+    Mutant(
+        "srun's code alone decides",
+        "slurm/requeue.py",
+        "    code = facts.code if facts.cause is None else facts.cause\n    if facts.told",
+        "    code = facts.code\n    if facts.told",
+        ("tests/unit/test_slurm_requeue.py",),
+    ),
+    Mutant(
+        "an element of an array is requeued by the number of the whole",
+        "slurm/batch.py",
+        """        'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"',\n""",
+        """        'job=""',\n""",
+        ("tests/unit/test_slurm_scripts.py", "-k", "element"),
+    ),
+    Mutant(
+        "the batch shell dies of the signal that it is to survive",
+        "slurm/batch.py",
+        """        "trap 'told=\\"$told TERM\\"' TERM",\n""",
+        "",
+        ("tests/unit/test_slurm_scripts.py", "-k", "survives"),
+    ),
+    Mutant(
+        "all tasks of an array are submitted again",
+        "slurm/graph.py",
+        "sorted({place % num_tasks for place in missing}) or [0]",
+        "list(range(num_tasks))",
+        ("tests/unit/test_slurm_submission.py", "-k", "missing"),
+    ),
+    Mutant(
+        "signals of the start-up are not held back",
+        "slurm/hold_signals.py",
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)\n",
+        "",
+        ("tests/unit/test_slurm_task.py", "-k", "start_up"),
+    ),
 )
 
 
