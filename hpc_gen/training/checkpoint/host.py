@@ -53,9 +53,14 @@ class HostBuffers:
             held[key] = host if host is not None and _fits(host, tensor) else _buffer(tensor, tensor.is_cuda)
         self._held = held
         sources = [tensor for _, tensor in parts]
+        devices = {tensor.device for tensor in sources if tensor.is_cuda}
         with torch.no_grad():
-            torch._foreach_copy_(list(held.values()), sources, non_blocking=True)
-        for device in {tensor.device for tensor in sources if tensor.is_cuda}:
+            if devices:
+                for host, tensor in zip(held.values(), sources, strict=True):
+                    host.copy_(tensor, non_blocking=True)  # behind the kernels of the last step, all in one queue
+            else:
+                torch._foreach_copy_(list(held.values()), sources)
+        for device in devices:
             torch.cuda.synchronize(device)
         return {name: _in_host(name, value, held) for name, value in share.items()}
 
