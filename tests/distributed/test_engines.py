@@ -36,14 +36,18 @@ def named(kind: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", [*named("two players"), *named("offload"), *named("checkpointing")])
+SAME = [name for kind in ("two players", "offload", "checkpointing", "compile", "copies") for name in named(kind)]
+
+
+@pytest.mark.parametrize("name", SAME)
 def test_an_engine_computes_what_ddp_computes(found: dict[str, Any], name: str) -> None:
-    """Several roles with a turn that differentiates inside, host memory, recomputed blocks: the same steps to rounding."""
+    """Several roles with a turn that differentiates inside, host memory, recomputed or compiled blocks: to rounding."""
     result = found[name]
     assert "error" not in result, result["error"]
     assert result["begun"] == 0.0  # the same initial values, to the bit, however they lie
     assert result["clipped"] > 0 and result["moved"] > 1e-3  # else this could not fail
     assert result["losses"] < 1e-6 and result["norms"] < 1e-5 and result["state"] < 1e-5, result
+    assert result.get("graphs", 1) > 0, "nothing was compiled"
 
 
 @pytest.mark.parametrize("name", named("bf16"))

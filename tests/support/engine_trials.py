@@ -145,6 +145,22 @@ def against_ddp(
     return {"begun": begun, "losses": losses, "norms": norms, "state": state, "moved": moved, "clipped": clipped}
 
 
+def compiled(ranks: Ranks, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Blocks through the compiler's tracing, without its code generator (half a minute of C++); `graphs`: it ran."""
+    original, graphs = torch.compile, []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    torch.compile = lambda function: original(function, backend=backend)
+    try:
+        found = against_ddp(dit, ranks, {**engine, "compile": "blocks", "checkpointing": "selective"})
+    finally:
+        torch.compile = original
+    return {**found, "graphs": len(graphs)}
+
+
 def half(ranks: Ranks, stage: int) -> dict[str, Any]:
     """fp16 under a loss scale, resumed, and with a scale under which everything overflows.
 
@@ -253,6 +269,7 @@ TRIALS: dict[str, Callable[[Ranks], Any]] = {
     "bf16, fsdp 3": lambda ranks: against_ddp(dit, ranks, {**FSDP3, "param_dtype": "bf16"}),
     "bf16, deepspeed 2": lambda ranks: against_ddp(dit, ranks, {**ZERO2, "param_dtype": "bf16"}),
     "bf16, deepspeed 3": lambda ranks: against_ddp(dit, ranks, {**ZERO3, "param_dtype": "bf16"}),
+    "copies of shards, fsdp 2": lambda ranks: against_ddp(dit, ranks, {**FSDP2, "shards": 1}),
     "offload, fsdp 3": lambda ranks: against_ddp(dit, ranks, {**FSDP3, "offload": "cpu"}),
     "offload, deepspeed 2": lambda ranks: against_ddp(dit, ranks, {**ZERO2, "offload": "cpu"}),
     "offload, deepspeed 3": lambda ranks: against_ddp(dit, ranks, {**ZERO3, "offload": "cpu"}),
@@ -264,6 +281,8 @@ TRIALS: dict[str, Callable[[Ranks], Any]] = {
     "checkpointing, energy, deepspeed 2": lambda ranks: against_ddp(
         lambda: dit(**ENERGY), ranks, {**ZERO2, "checkpointing": "selective"}
     ),
+    "compile, fsdp 3": lambda ranks: compiled(ranks, FSDP3),
+    "compile, deepspeed 2": lambda ranks: compiled(ranks, ZERO2),
     "half, deepspeed 1": lambda ranks: half(ranks, 1),
     "half, deepspeed 3": lambda ranks: half(ranks, 3),
     "no half": refused_half,
