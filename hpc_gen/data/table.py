@@ -147,9 +147,8 @@ class Table:
         """
         if self._row_reader is not None:
             return
-        for number in np.unique(self._starts.searchsorted(rows, side="right") - 1).tolist():
-            if not self._mapped.has(number):
-                will_need(self.folder / self.index.shards[number].file)
+        numbers = np.unique(self._starts.searchsorted(rows, side="right") - 1).tolist()
+        will_need([self.folder / self.index.shards[n].file for n in numbers if not self._mapped.has(n)])
 
     @property
     def num_open(self) -> int:
@@ -233,8 +232,14 @@ class Table:
         return [f"shard {path} has another SHA-256 than the index says ({rows}); restore it"]
 
 
-def will_need(path: Path) -> None:
-    """Ask the system to read a file into its cache; a file that cannot be opened is left to whoever reads it."""
+def will_need(paths: Sequence[Path]) -> None:
+    """Ask the system, from a thread, to read files into its cache: an advice about a large file takes milliseconds."""
+    if paths:
+        threading.Thread(target=lambda: [_advise(path) for path in paths], name="will-need", daemon=True).start()
+
+
+def _advise(path: Path) -> None:
+    """A file that cannot be opened is left to whoever reads it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -86,7 +86,7 @@ def test_a_file_of_the_right_size_and_the_wrong_content(tmp_path: Path) -> None:
 def test_the_block_that_follows_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path, latents(64), shard_rows=8, num_classes=4)
     announced: list[str] = []
-    monkeypatch.setattr(table, "will_need", lambda path: announced.append(path.name))
+    monkeypatch.setattr(table, "will_need", lambda paths: announced.extend(path.name for path in paths))
     opened = Table.open(tmp_path)
     order = BlockShuffle(opened.shard_rows, 0, 2)
     reader = OrderedReader(opened, order, (LABELS,))
@@ -108,4 +108,7 @@ def test_the_block_that_follows_is_announced(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_announced_file_that_is_gone_is_for_the_reader_to_say(tmp_path: Path) -> None:
-    table.will_need(tmp_path / "missing.pt")
+    table._advise(tmp_path / "missing.pt")
+    (tmp_path / "there.pt").write_bytes(bytes(9))
+    table.will_need([tmp_path / "there.pt", tmp_path / "missing.pt"])
+    table.will_need([])
