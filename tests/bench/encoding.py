@@ -23,14 +23,15 @@ from PIL import Image
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 TASKS = 2
-# name -> section tokenizer, images of one unit, rounds
-NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
+# name -> section tokenizer, side of the images, images of one unit, rounds
+NETWORKS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "DINOv2 S/14, 224 of 256 pixels": (
         {"name": "dinov2", "weights": "w", "preset": "vits14", "dinov2": {"flip": False, "columns": ["cls_tokens"]}},
-        48,
-        3,
+        256,
+        16,
+        2,
     ),
-    "SD f8, 256 pixels, image and mirror image": ({"name": "kl_vae", "weights": "w", "preset": "sd_f8"}, 8, 1),
+    "SD f8, 128 pixels, image and mirror image": ({"name": "kl_vae", "weights": "w", "preset": "sd_f8"}, 128, 8, 1),
 }
 
 
@@ -45,7 +46,7 @@ def _decoders(quick: bool) -> Table:
     from shard_tools.pixels import squares
     from shard_tools.sources import open_source
 
-    images = 16 if quick else 128
+    images = 16 if quick else 64
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder), images)
         split = open_source("folder", Path(folder) / "images").splits["train"]
@@ -78,14 +79,15 @@ def _shares(quick: bool) -> Table:
         f"{TASKS} tasks at once, a thread each; JPEGs of 640 x 480, crop and all; both tasks of every round count.",
         ("network", "decoding", "in the network", "images/s per task"),
     )
-    for name, (tokenizer, images, rounds) in NETWORKS.items():
+    for name, (tokenizer, side, images, rounds) in NETWORKS.items():
         if quick and tokenizer["name"] != "dinov2":
             continue
         rows = 8 if quick else images
         with tempfile.TemporaryDirectory() as folder:
             _prepare(Path(folder), tokenizer, rows)
             for overlap in (True, False):
-                told = [_round(Path(folder), tokenizer, rows, overlap) for _ in range(1 if quick else rounds)]
+                asked = {"tokenizer": tokenizer, "rows": rows, "side": side, "overlap": overlap}
+                told = [_round(Path(folder), asked) for _ in range(1 if quick else rounds)]
                 flat = [each for tasks in told for each in tasks]
                 share = Spread.of([each["network_s"] / each["seconds"] for each in flat])
                 rate = Spread.of([rows / each["seconds"] for each in flat])
@@ -123,10 +125,9 @@ def _write_images(folder: Path, images: int) -> None:
         (folder / "images" / "a" / f"{i:03d}.jpg").write_bytes(buffer.getvalue())
 
 
-def _round(folder: Path, tokenizer: dict[str, Any], rows: int, overlap: bool) -> list[dict[str, float]]:
+def _round(folder: Path, asked: dict[str, Any]) -> list[dict[str, float]]:
     """What each of the tasks tells, run at once."""
-    asked = json.dumps({"folder": str(folder), "tokenizer": tokenizer, "rows": rows, "overlap": overlap})
-    command = [sys.executable, str(HERE), asked]
+    command = [sys.executable, str(HERE), json.dumps({"folder": str(folder), **asked})]
     tasks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(TASKS)]
     return [json.loads(task.communicate()[0].splitlines()[-1]) for task in tasks]
 
@@ -140,7 +141,7 @@ def _task(asked: dict[str, Any]) -> dict[str, float]:
     if not asked["overlap"]:
         encode.ahead = lambda source: (item for item in list(source))
     section = {
-        "source": "folder", "source_path": "images", "image_size": 256, "validation": False,
+        "source": "folder", "source_path": "images", "image_size": asked["side"], "validation": False,
         "shard_rows": asked["rows"], "tokenizer": asked["tokenizer"],
     }  # fmt: skip
     folder = Path(asked["folder"])
