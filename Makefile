@@ -56,9 +56,10 @@ lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict of config and runtime, import c
 bench: $(VENV)/.stamp-dev  ## measurements of this machine
 	@$(BIN)/python tests/bench/run.py
 
-prove: $(VENV)/.stamp-dev  ## the matrix of engines and 200 random kills, resumable; writes their tables below docs/proofs
+prove: $(VENV)/.stamp-dev cluster-setup  ## matrix of engines, 200 random kills, Slurm's preemptions; resumable; to docs/proofs
 	@$(BIN)/python tests/prove_engines.py
 	@$(BIN)/python tests/prove.py
+	@$(BIN)/python tests/prove_slurm.py
 
 mutants: $(VENV)/.stamp-dev  ## seeded mistakes in the code must turn the tests red
 	@$(BIN)/python tests/mutants.py

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from slurm import containers
 from slurm import lab as slurm_lab
 
 _PREFIX = "hpc-gen-lab-"  # of the directories, followed by the process id of the test run
 _skip_reason: str | None = None
+_image_reason: str | None = None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,9 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A skipped cluster must not look like a passed one."""
-    if _skip_reason is not None:
-        terminalreporter.section("SLURM TESTS WERE SKIPPED", sep="!", red=True)
-        terminalreporter.write_line(_skip_reason)
+    for what, reason in (("SLURM", _skip_reason), ("CONTAINER", _image_reason)):
+        if reason is not None:
+            terminalreporter.section(f"{what} TESTS WERE SKIPPED", sep="!", red=True)
+            terminalreporter.write_line(reason)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +55,21 @@ def lab() -> Iterator[slurm_lab.Lab]:
     finally:
         slurm_lab.stop(parent / "lab", purge=True)
         shutil.rmtree(parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    """The CPU image, built from its definition; kept in build/images until the definition or a version changes."""
+    global _image_reason
+    definition = containers.read(containers.CPU)
+    _image_reason = containers.why_not(definition)
+    if _image_reason is not None:
+        pytest.skip(_image_reason)
+    place = Path(__file__).resolve().parents[2] / "build" / "images" / "cpu.sif"
+    if not place.exists() or containers.image_problems(place, containers.CPU):
+        containers.build(containers.CPU, place, print)
+    assert containers.image_problems(place, containers.CPU) == []
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import enum
 import io
 import os
 import pickle
@@ -123,6 +124,16 @@ def test_the_metadata_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
         found.append(written)
     assert found[0] == found[1]
     assert str(tmp_path).encode() not in (tmp_path / "a" / storage.METADATA).read_bytes()
+
+
+def test_the_metadata_is_the_same_whichever_python_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3 pickle members of an enum through getattr, which no reader of ours would call."""
+    tensors = {"a": torch.arange(4.0)}
+    storage.save(tensors, tmp_path / "new", None)
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self._name_)))
+    storage.save(tensors, tmp_path / "old", None)
+    new, old = ((tmp_path / name / storage.METADATA).read_bytes() for name in ("new", "old"))
+    assert new == old and b"getattr" not in old
 
 
 def test_data_that_does_not_fit_the_metadata_is_refused(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _CanonicalPickler(pickle.Pickler):
+    """Members of an enum by class and value, as Python 3.11.4 and newer write them: older ones go through getattr."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Enum):
+            return type(obj), (obj.value,)
+        return NotImplemented
+
+
 def dumped(metadata: Metadata, results: list[list[Any]]) -> bytes:
     """The bytes of the metadata file, from the write results of all ranks: in key order, without memo references."""
     merged = {result.index: result.storage_data for part in results for result in part}
@@ -51,7 +61,7 @@ def dumped(metadata: Metadata, results: list[list[Any]]) -> bytes:
     metadata.planner_data = None  # names are flat already; the default planner would repeat them here
     metadata.storage_meta = StorageMeta()  # no path and no random id: both would make equal checkpoints differ
     buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, protocol=4)
+    pickler = _CanonicalPickler(buffer, protocol=4)
     pickler.fast = True
     pickler.dump(metadata)
     return buffer.getvalue()

@@ -1,0 +1,89 @@
+"""`hpc-gen submit` on a real Slurm: really preempted trainings, bare and in a container. Whatever happens, the result is
+the one that `hpc-gen run` gives on this machine.
+
+The short set. All twelve points of preemption, in both, and the other ends of a job are in tests/prove_slurm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import scenes
+from scenes import Scene
+
+from hpc_gen.runtime import goodput, journal
+from hpc_gen.runtime.goodput import CATEGORIES
+from hpc_gen.stages import runner
+from slurm import records
+from slurm.lab import Lab
+
+pytestmark = [pytest.mark.slurm_real, pytest.mark.timeout(600)]
+
+ONE_PER_NODE = ("train.ranks=2",)
+
+
+@pytest.fixture(scope="module")
+def scene(lab: Lab) -> Iterator[Scene]:
+    """A workspace beside the lab."""
+    found = Scene(lab, lab.directory.parent / "scene")
+    yield found
+    found.clean()
+
+
+@pytest.fixture(scope="module")
+def narrow(scene: Scene) -> Scene:
+    """The same workspace with one training process per node, and the undisturbed training of that width."""
+    found = Scene(scene.lab, scene.workspace, profile={"tasks_per_node": 1})
+    found.undisturbed("narrow", *ONE_PER_NODE, stages="encode,train")
+    return found
+
+
+def test_the_same_run_cannot_be_submitted_twice(narrow: Scene) -> None:
+    run = narrow.submit("twice", *ONE_PER_NODE, stages="train")
+    again = narrow.command(
+        "submit", str(narrow.config()), "--cluster", str(narrow.profile_file(run)), "name=twice", *ONE_PER_NODE, "--stages",
+        "train", expected=2,
+    )  # fmt: skip
+    assert "run 'twice' is submitted already: job " in again.stderr and len(records.read(run)) == 1
+    narrow.lab.run(["scancel", narrow.job(run, "train")])
+    assert list(narrow.wait_until_over(run).values()) == ["CANCELLED"]
+
+
+def test_preempted_for_real_at_three_points(narrow: Scene) -> None:
+    """While torch is imported, between two collectives of a step, and in front of the rename of a checkpoint."""
+    points = ("in_import", "step", "rename")
+    run = narrow.submit("chain", *ONE_PER_NODE, stages="train", points=points)
+    found = scenes.disturb(narrow, run, points)
+    states = narrow.wait_until_over(run)
+    assert list(states.values()) == ["COMPLETED"], f"{states}\n{narrow.logs(run)}"
+    ends = records.ends(run, narrow.job(run, "train"))
+    assert [(end["code"], end["action"]) for end in ends] == [(85, "requeue")] * 3 + [(0, "end")]
+    assert all(end["preempted"] for end in ends[:3])
+    assert all(each.told == 1 for each in found if each.point in scenes.STARTED_POINTS)
+    assert scenes.digests(run) == scenes.digests(narrow.run("narrow"))
+    attempts = [attempt for attempt in journal.attempts(run) if attempt.stage == "train"]
+    assert [attempt.exit_code for attempt in attempts] == [85, 85, 0]  # the first start claimed none
+    book = goodput.receipt(run, stage="train")
+    print("goodput:", {name: round(book.seconds[name], 2) for name in CATEGORIES}, f"waiting {book.waiting_s:.1f} s")
+    held = sum(attempt.wall_s * attempt.world_size for attempt in book.attempts)
+    # every second is booked; an attempt is counted from its first process, and the others began a moment later
+    assert sum(book.seconds.values()) == pytest.approx(held, rel=0.01)
+    assert book.seconds["redone"] == 0.0, "a preemption that is heard costs no work"
+    print("waited for the nodes:", {each.point: round(each.waited_s, 1) for each in found})
+
+
+def test_in_a_container_as_an_ordinary_user(narrow: Scene, image: Path) -> None:
+    """A read-only image, as nobody, preempted while the ranks agree on whether to stop."""
+    profile = {**narrow.profile, "sbatch": {"uid": "nobody", "gid": "nogroup"}, "umask": "000"}
+    inside = Scene(narrow.lab, narrow.workspace, image, profile)
+    run = inside.submit("inside", *ONE_PER_NODE, stages="train", points=("agreement",))
+    scenes.disturb(inside, run, ("agreement",))
+    states = inside.wait_until_over(run)
+    assert list(states.values()) == ["COMPLETED"], f"{states}\n{inside.logs(run)}"
+    assert scenes.digests(run) == scenes.digests(inside.run("narrow"))
+    newest = scenes.read.newest(run).path
+    assert newest.stat().st_uid == 65534, "another user than nobody has written the checkpoint"
+    assert not list(run.code.rglob("__pycache__")), "bytecode was written to the shared file system"
+    assert runner.load_run(run).identity == runner.load_run(inside.run("narrow")).identity

@@ -1,0 +1,225 @@
+"""What tests/prove_slurm.py shows, case by case: preemption at every point, and the other ends that a job may come to.
+
+Each case submits a run of its own, disturbs it for real, and returns a row: what was seen, and whether the run ended as
+documented with the digest of the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import scenes
+from scenes import Scene
+
+from hpc_gen.runtime import goodput
+from hpc_gen.runtime.run_folder import RunFolder
+from slurm import records
+
+NARROW = ("train.ranks=2",)
+START_LIMIT_S = 5.0  # of the preempting job, once training has started
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: `codes` of the starts as requeue.py saw them; `states` by the accounting; `note` what else there is."""
+
+    name: str
+    place: str
+    codes: str
+    states: str
+    seconds: dict[str, float]
+    note: str
+    equal: bool
+    sound: bool
+    waited_s: float | None = None
+
+
+def row_of(scene: Scene, run: RunFolder, name: str, sound: bool, note: str = "", **more: Any) -> Row:
+    """The row of a run that has come to its end; equal: its training is the undisturbed one, byte for byte."""
+    jobs = [job for submission in records.read(run) for job in submission.jobs]
+    ids = [job.job_id for job in jobs]
+    ends = [(path.stem, end) for path in sorted((run.path / "slurm" / "ends").glob("*.jsonl")) for end in
+            records.ends(run, path.stem)]  # fmt: skip
+    equal = scenes.digests(run)["checkpoint"] == scenes.digests(scene.run("narrow"))["checkpoint"]
+    equal = equal and scenes.rows(run) == scenes.rows(scene.run("narrow"))
+    book = goodput.receipt(run, stage="train").seconds
+    return Row(
+        name,
+        "container" if scene.image is not None else "bare",
+        " ".join(str(end["code"]) for _, end in ends) or "-",
+        " ".join(sorted(set(scene.states(ids).values()))),
+        {key: round(value, 1) for key, value in book.items()},
+        note,
+        equal,
+        sound and equal,
+        **more,
+    )
+
+
+def preempted(scene: Scene, point: str) -> Row:
+    """One real preemption at a point; the run must complete, and the preempting job start within seconds."""
+    sampling = point == "sampling"
+    name = f"at-{point}-{'in' if scene.image else 'out'}"
+    run = scene.submit(name, *NARROW, stages="train,sample" if sampling else "train", points=(point,))
+    (seen,) = scenes.disturb(scene, run, (point,))
+    states = scene.wait_until_over(run)
+    sound = set(states.values()) == {"COMPLETED"} and not scenes.committed_twice(run, "sample")
+    in_time = seen.waited_s <= START_LIMIT_S or point not in scenes.STARTED_POINTS
+    note = f"{seen.told} told there" + ("" if in_time else f"; the high job waited more than {START_LIMIT_S:g} s")
+    return row_of(scene, run, f"preempted: {point}", sound, note, waited_s=round(seen.waited_s, 1))
+
+
+def _held(scene: Scene, name: str, *overrides: str, point: str = "step") -> tuple[RunFolder, str]:
+    """A training whose rank 0 waits in its fifth step; its run and job."""
+    run = scene.submit(name, *NARROW, *overrides, stages="train", points=(point,))
+    scenes.wait_for(lambda: bool(scene.reached(run, point, 0)), f"{name} is held\n{scene.logs(run)}")
+    return run, scene.job(run, "train")
+
+
+def _release(scene: Scene, run: RunFolder) -> None:
+    (scene.marks / run.name / "release").touch()
+
+
+def time_limit(scene: Scene) -> Row:
+    """A job of two minutes whose steps take long: it saves a minute before the limit and requeues itself."""
+    short = Scene(scene.lab, scene.workspace, scene.image, {**scene.profile, "time_limit_min": 2})
+    run = short.submit("time-limit", *NARROW, "train.save_before_limit_s=50", stages="train", points=("slow",))
+    states = short.wait_until_over(run, 420)
+    first = records.ends(run, short.job(run, "train"))[0]
+    sound = set(states.values()) == {"COMPLETED"} and first["code"] == 85 and not first["preempted"]
+    return row_of(short, run, "time limit", sound, "saved before the limit, requeued by itself")
+
+
+def cancelled(scene: Scene) -> Row:
+    """scancel: CANCELLED, not requeued; submitted again it goes on from where it was saved."""
+    run, job = _held(scene, "cancelled")
+    scene.lab.run(["scancel", job])
+    states = scene.wait_until_over(run)
+    sound = list(states.values()) == ["CANCELLED"] and records.ends(run, job)[-1]["action"] == "end"
+    shown = scene.command("status", "cancelled").stdout
+    sound = sound and "cancelled" in shown
+    scene.submit("cancelled", *NARROW, stages="train")
+    sound = sound and list(scene.wait_until_over(run).values()) == ["COMPLETED"]
+    return row_of(scene, run, "scancel, submitted again", sound, "status says: cancelled")
+
+
+def requeued_by_hand(scene: Scene) -> Row:
+    """scontrol requeue: the ranks save, Slurm starts the job again."""
+    run, job = _held(scene, "requeued")
+    scene.lab.run(["scontrol", "requeue", job])
+    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"]
+    return row_of(scene, run, "scontrol requeue", sound)
+
+
+def held_and_released(scene: Scene) -> Row:
+    """scontrol requeuehold, then release; status says that it is held."""
+    run, job = _held(scene, "held")
+    scene.lab.run(["scontrol", "requeuehold", job])
+    scenes.wait_for(lambda: scene.shown(job).get("Reason", "").startswith(("JobHeld", "job_requeued")), "it is held", 60)
+    shown = scene.command("status", "held").stdout
+    scene.lab.run(["scontrol", "release", job])
+    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"] and "held" in shown
+    return row_of(scene, run, "requeuehold, release", sound, "status says: held")
+
+
+def node_crash(scene: Scene) -> Row:
+    """The second node of a training dies as in a power failure: Slurm requeues, the newest checkpoint stands."""
+    run, job = _held(scene, "crashed", "train.collective_timeout_s=15")
+    victim = scene.lab.run(["scontrol", "show", "hostnames", scene.shown(job)["NodeList"]]).stdout.split()[1]
+    scene.lab.node("crash", victim)
+    begun = time.monotonic()
+    _release(scene, run)
+    scenes.wait_for(lambda: int(scene.shown(job).get("Restarts", "0")) > 0, f"it is requeued\n{scene.logs(run)}", 120)
+    passed = time.monotonic() - begun
+    scene.lab.node("up", victim)
+    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"]
+    return row_of(scene, run, "node crash", sound, f"requeued {passed:.0f} s after the crash")
+
+
+def slurmd_restart(scene: Scene) -> Row:
+    """slurmd of a node stops and comes back: the training does not notice."""
+    run, job = _held(scene, "slurmd")
+    node = scene.lab.run(["scontrol", "show", "hostnames", scene.shown(job)["NodeList"]]).stdout.split()[1]
+    scene.lab.node("down", node)
+    time.sleep(2)
+    scene.lab.node("up", node)
+    _release(scene, run)
+    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"]
+    return row_of(scene, run, "slurmd restart", sound and len(records.ends(run, job)) == 1, "one start")
+
+
+def controller_restart(scene: Scene) -> Row:
+    """The controller is gone while the ranks end with 85: the batch body asks again until it is back."""
+    run, job = _held(scene, "controller")
+    pid = int((scene.lab.directory / "run" / "slurmctld.pid").read_text())
+    os.kill(pid, 15)
+    scenes.wait_for(lambda: not Path(f"/proc/{pid}").exists(), "slurmctld has ended", 30)
+    scene.command("preempt", "controller")  # the run folder alone is needed: a file, or a signal on this host
+    _release(scene, run)
+    scenes.wait_for(lambda: bool(records.ends(run, job)), "the step has ended", 60)
+    scene.lab.run(["slurmctld"])
+    states = scene.wait_until_over(run)
+    ends = records.ends(run, job)
+    sound = list(states.values()) == ["COMPLETED"] and [end["action"] for end in ends] == ["requeue", "end"]
+    return row_of(scene, run, "controller restart", sound, "gone while the job wanted to be requeued")
+
+
+def full_log_disk(scene: Scene) -> Row:
+    """The logs lie on a disk that is full: the work goes on without them."""
+    run = scene.run("full-log")
+    disk = scene.lab.directory.parent / "small"  # mounted before the lab was started: nodes see mounts of that moment
+    run.path.mkdir(parents=True)
+    (run.path / "logs").symlink_to(disk)
+    with open(disk / "filler", "wb") as stream:
+        try:
+            while True:
+                stream.write(b"x" * 512)
+                stream.flush()
+        except OSError:
+            pass
+    scene.submit("full-log", *NARROW, stages="train")
+    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"]
+    free = os.statvfs(disk).f_bavail
+    (disk / "filler").unlink()
+    return row_of(scene, run, "full log disk", sound and free == 0, "no log, the journal has everything")
+
+
+def hanging_rank(scene: Scene) -> Row:
+    """Rank 1 does not come: the others name it and its host when the collective times out, and go on elsewhere."""
+    run = scene.submit("hanging", *NARROW, "train.collective_timeout_s=8", stages="train", points=("hang",))
+    states = scene.wait_until_over(run)
+    ends = records.ends(run, scene.job(run, "train"))
+    said = scene.logs(run, 200)
+    host = next((node for node in scene.lab.node_names if f"rank 1 of 2 on {node} did not come" in said), "")
+    sound = list(states.values()) == ["COMPLETED"] and bool(host) and ends[0]["code"] == 86
+    return row_of(scene, run, "hanging rank", sound, f"named: rank 1 on {host or 'nobody'}; excluded {ends[0]['nodes']}")
+
+
+def side_by_side(scene: Scene) -> Row:
+    """Two runs at once, both preempted by the same job: neither touches the other."""
+    runs = [scene.submit(f"side-{k}", *NARROW, stages="train", points=("step",)) for k in "ab"]
+    for run in runs:
+        scenes.wait_for(lambda r=run: bool(scene.reached(r, "step", 0)), "both train")  # type: ignore[misc]
+    scene.preempt()
+    sound = all(list(scene.wait_until_over(run).values()) == ["COMPLETED"] for run in runs)
+    rows = [row_of(scene, run, "two runs side by side", sound) for run in runs]
+    return rows[0] if rows[1].sound else rows[1]
+
+
+EVENTS: dict[str, Callable[[Scene], Row]] = {
+    "time limit": time_limit,
+    "scancel": cancelled,
+    "requeue": requeued_by_hand,
+    "requeuehold": held_and_released,
+    "node crash": node_crash,
+    "slurmd restart": slurmd_restart,
+    "controller restart": controller_restart,
+    "full log disk": full_log_disk,
+    "hanging rank": hanging_rank,
+    "side by side": side_by_side,
+}
