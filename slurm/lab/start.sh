@@ -136,7 +136,7 @@ start_accounting() {
   setsid mariadbd --no-defaults --user=root --datadir="$lab/db" --socket="$lab/run/mysql.socket" --pid-file="$lab/run/mariadbd.pid" \
      --bind-address=127.0.0.1 --port=$((base + 3)) --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 --skip-log-bin \
      --innodb-flush-log-at-trx-commit=0 --skip-name-resolve --init-file="$lab/etc/init.sql" > "$lab/log/mariadbd.log" 2>&1 < /dev/null &
-  for _ in $(seq 400); do [ -S "$lab/run/mysql.socket" ] && break; sleep 0.05; done
+  for _ in $(seq 1200); do [ -S "$lab/run/mysql.socket" ] && break; sleep 0.05; done
   [ -S "$lab/run/mysql.socket" ] || fail "mariadbd does not answer; see $lab/log/mariadbd.log"
   say "mariadbd is up"
   printf '%s\n' AuthType=auth/munge "AuthInfo=socket=$lab/run/munge.socket" "DbdHost=$controller" "DbdAddr=$controller_address" \
@@ -145,7 +145,7 @@ start_accounting() {
     StorageLoc=slurm_lab > "$lab/etc/slurmdbd.conf"
   chmod 600 "$lab/etc/slurmdbd.conf"   # slurmdbd refuses any other mode
   (cd "$lab/run" && slurmdbd -s) > "$lab/log/slurmdbd.out" 2>&1 < /dev/null || fail "slurmdbd: $(said "$lab/log/slurmdbd.out")"
-  for _ in $(seq 400); do answers "$controller_address" $((base + 2)) && break; sleep 0.05; done
+  for _ in $(seq 1200); do answers "$controller_address" $((base + 2)) && break; sleep 0.05; done
   # slurmctld would die with "no TRES" without it
   answers "$controller_address" $((base + 2)) || fail "slurmdbd does not answer; see $lab/log/slurmdbd.log"
   timeout 20 sacctmgr -i add cluster lab > "$lab/log/sacctmgr.log" 2>&1 || fail "sacctmgr; see $lab/log/sacctmgr.log"
