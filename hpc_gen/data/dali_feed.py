@@ -65,7 +65,8 @@ class DaliMover:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         target = torch.empty(like.shape, dtype=like.dtype, device=self._device)
-        feed_ndarray(output[0] if self._device.type == "cpu" else output.as_tensor()[0], target)
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        feed_ndarray(output[0], target, cuda_stream=stream)
         return target
 
     def _build(self, number: int) -> Any:
