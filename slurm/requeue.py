@@ -6,8 +6,8 @@ where Python may be as old as 3.6 and nothing of ours is installed: standard lib
 people goes to stderr, that is into the job's log.
 
 What decides, in this order (measured in specs/slurm_lab.md): what Slurm is doing with the job already, the cause file
-that rank 0 wrote, srun's code, and whether Slurm has begun to preempt the job. srun's code alone never does: tasks that
-died unequally give 143 whatever the first of them said.
+that rank 0 wrote, the code of the task that failed first, srun's code, and whether Slurm has begun to preempt the job.
+srun's code alone never does: tasks that died unequally give 143 or 137 whatever the first of them said.
 """
 
 import argparse
@@ -25,6 +25,7 @@ FINAL = {  # the same start would end the same way, or was not wanted
     DIVERGED: "the loss diverged",
     STOPPED: "stopped by the user, the state is saved",
 }
+OURS = (USER, DATA, BUG, DIVERGED, REQUEUE, ELSEWHERE, STOPPED)  # what a task that says such a code means by it
 TRAIN = "train"
 _SIGNALS = {"Killed": 137, "Terminated": 143, "Aborted": 134, "Segmentation fault": 139, "Bus error": 135,
             "Floating point exception": 136, "Interrupt": 130, "User defined signal 1": 138,
@@ -37,6 +38,7 @@ Facts = NamedTuple(
     [
         ("stage", str),
         ("code", int),  # srun's
+        ("first", Optional[int]),  # code of the task that failed first, by srun's own words
         ("cause", Optional[int]),  # exit code in the cause file of this very attempt; None: there is none
         ("told", bool),  # the batch shell got a signal: Slurm is ending the job by itself
         ("over_time", bool),  # ... and does so because the time limit is reached
@@ -58,7 +60,9 @@ def decide(facts):
     # type: (Facts) -> Decision
     """What to do; actions: end (exit with the code), requeue, elsewhere (requeue, without `nodes`), next (end this job
     of a chain well: the one behind it goes on)."""
-    code = facts.code if facts.cause is None else facts.cause
+    code = facts.cause
+    if code is None:
+        code = facts.first if facts.code != DONE and facts.first in OURS else facts.code
     if facts.told and not (facts.over_time or facts.preempted):
         return _end(code or facts.code, "Slurm itself ends this job (cancelled, requeued by hand, or its node is lost)")
     if facts.cause == DONE and facts.code != DONE:
@@ -278,9 +282,16 @@ def main(arguments, shown, now):
         ill.update(blamed_nodes(cause), lost_nodes(given.nodes))
     if ill:
         ill.update(node for end in ends for node in end.get("nodes", []))
+    first = None
+    try:
+        with open(given.srun, encoding="utf-8", errors="replace") as stream:
+            first = first_failure(stream.read())
+    except OSError:
+        pass
     facts = Facts(
         stage=given.stage,
         code=given.code,
+        first=first.code if first else None,
         cause=code if isinstance(code, int) else None,
         told=told,
         over_time=bool(re.search(r"\bReason=TimeLimit\b", shown)),
@@ -295,14 +306,8 @@ def main(arguments, shown, now):
         ill=sorted(ill),
     )
     decision = decide(facts)
-    first = None
-    try:
-        with open(given.srun, encoding="utf-8", errors="replace") as stream:
-            first = first_failure(stream.read())
-    except OSError:
-        pass
     content = {
-        "t": now, "restart": given.restart, "code": facts.code if facts.cause is None else facts.cause,
+        "t": now, "restart": given.restart, "code": decision.code if decision.action != "next" else REQUEUE,
         "srun": facts.code, "action": decision.action, "why": decision.why, "preempted": preempted, "told": told,
         "progress": progress, "nodes": decision.nodes, "first": dict(first._asdict()) if first else None,
     }  # fmt: skip

@@ -200,8 +200,8 @@ MUTANTS = (
     Mutant(
         "srun's code alone decides",
         "slurm/requeue.py",
-        "    code = facts.code if facts.cause is None else facts.cause\n    if facts.told",
-        "    code = facts.code\n    if facts.told",
+        "    code = facts.cause\n    if code is None:\n",
+        "    code = None\n    if code is None:\n",
         ("tests/unit/test_slurm_requeue.py",),
     ),
     Mutant(

@@ -16,7 +16,7 @@ from slurm import requeue
 from slurm.requeue import Decision, Facts, decide
 
 CALM = Facts(
-    stage="train", code=0, cause=None, told=False, over_time=False, preempted=False, restarts=0, limit=10, stalled=1,
+    stage="train", code=0, first=None, cause=None, told=False, over_time=False, preempted=False, restarts=0, limit=10, stalled=1,
     stalled_limit=3, failures=0, retries=1, chain_left=None, ill=[],
 )  # fmt: skip
 
@@ -62,6 +62,12 @@ def _imports(path: Path) -> list[str]:
         ({"code": 87}, "end", 87),
         ({"code": 143, "cause": 87}, "end", 87),
         ({"code": 86}, "requeue", 86),
+        ({"code": 137, "first": 86, "ill": ["n1"]}, "elsewhere", 86),  # the others were killed at the rendezvous
+        ({"code": 137, "first": 64}, "end", 64),
+        ({"code": 143, "first": 85}, "requeue", 85),
+        ({"code": 137, "first": 85, "cause": 64}, "end", 64),
+        ({"code": 143, "first": 1}, "requeue", 143),  # no code of ours: srun's own
+        ({"code": 0, "first": 85}, "end", 0),
         ({"code": 86, "ill": ["n3"]}, "elsewhere", 86),
         ({"code": 137, "ill": ["n3"]}, "elsewhere", 137),
         ({"code": 85, "ill": ["n3"]}, "requeue", 85),
@@ -90,6 +96,7 @@ ANY = st.builds(
     Facts,
     stage=st.sampled_from(["train", "encode"]),
     code=CODES,
+    first=st.none() | CODES,
     cause=st.none() | CODES,
     told=st.booleans(),
     over_time=st.booleans(),
@@ -115,7 +122,9 @@ def test_laws(facts: Facts) -> None:
         assert facts.code == 0 and facts.cause in (None, 0), "only what is done ends well"
     if facts.code == 0 and facts.cause in (None, 0):
         assert (found.action, found.code) == ("end", 0), "what is done is not done again"
-    said = facts.code if facts.cause is None else facts.cause
+    said = facts.cause
+    if said is None:
+        said = facts.first if facts.code != 0 and facts.first in requeue.OURS else facts.code
     if said in (2, 64, 75, 87):
         assert found.action == "end" and found.code in (said, facts.code), "another start would not help"
     if facts.told and not (facts.over_time or facts.preempted):

@@ -227,7 +227,7 @@ def test_what_srun_says_is_in_the_log_and_first_failure_is_told(fake: Fake) -> N
     )
     assert "srun: error: n4: task 3: Exited with exit code 70" in output
     assert "(first failed: task 3 on n4 with code 70)" in output
-    assert code == -9  # 143 without a cause: tried once more
+    assert code == 70  # that task's, not the 143 of those that were killed for it
 
 
 def test_the_shell_survives_signals_and_keeps_the_code(fake: Fake) -> None:
