@@ -106,7 +106,7 @@ PROGRAMS = (
     Program("apptainer", "--version", "no containers on this machine"),
     Program("npm", "--version", "`hpc-gen shards fetch mnist|emoji` cannot download; apt-get install npm"),
     Program("nvidia-smi", "--version", "no NVIDIA driver; everything runs on the CPU"),
-    Program("c++", "--version", "the deepspeed engine cannot start"),
+    Program("c++", "--version", "train.engine.compile can make no code for the CPU"),
     Program("git", "--version", "reports cannot name the commit"),
 )
 
