@@ -228,7 +228,7 @@ def verdict(
         return CollectiveError(
             f"rank {me} of {world_size} waited in vain ({what}) and rank 0, which holds the store, does not answer: "
             f"its process or its node is gone; {at}; look at the log of rank 0",
-            [(0, "the host of rank 0")],
+            [(0, "")],
         )
     now = {beat.rank: beat for beat in after}
     for beat in after:

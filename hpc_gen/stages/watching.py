@@ -4,7 +4,7 @@ profiler's window, and what MFU is computed from."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,9 +70,13 @@ def meter(run: RunFolder, resolved: Resolved, workspace: Path, attempt: int, job
         path = run.path / "profile" / f"{attempt:04d}_rank_{ranks.rank}.json"
         found.window = ProfileWindow(config.profile, path, job.say)
     if peak is not None and ranks.is_main:
-        thread = threading.Thread(target=_count, args=(run, resolved, workspace, job, found), daemon=True)
-        thread.start()
+        _beside(lambda: _count(run, resolved, workspace, job, found))
     return found
+
+
+def _beside(action: Callable[[], None]) -> None:
+    """Do it while training goes on."""
+    threading.Thread(target=action, name="flops", daemon=True).start()
 
 
 def _count(run: RunFolder, resolved: Resolved, workspace: Path, job: TrainJob, found: Meter) -> None:

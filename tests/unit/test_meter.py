@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import experiments
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from hpc_gen.cli import app
 from hpc_gen.config.observe import ProfileConfig
 from hpc_gen.runtime.journal import read
+from hpc_gen.stages import watching
 from hpc_gen.training.device_peak import mfu, peak_of
 from hpc_gen.training.meter import Meter, ProfileWindow
 
@@ -65,19 +67,43 @@ def test_a_window_that_is_cut_off_and_one_that_cannot_be_written(tmp_path: Path)
     assert "training goes on" in said[1]
 
 
-def test_training_with_a_window_and_a_known_peak(workspace: Workspace) -> None:
+def test_training_with_a_window_and_a_known_peak(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of a training without; the journal has FLOPs and MFU, the run folder the trace."""
+    monkeypatch.setattr(watching, "_beside", lambda action: action())  # a run so short would be over before it
     plain, watched = workspace.run("plain", text=TINY), workspace.run("watched", text=TINY)
     overrides = ["train.peak_tflops=0.001", "train.profile.start=1", "train.profile.steps=2", "train.spans=each"]
     assert workspace.train(plain) == 0
-    # the count is ready before the second interval ends, or there was none: wait for it between two attempts
     assert workspace.train(watched, *overrides, "train.stop_at_images=48") == 0
+    monkeypatch.setattr("hpc_gen.stages.train_plan.measure", None)  # the next attempt knows it from the file
     assert workspace.train(watched, *overrides) == 0
     assert experiments.rows(plain) == experiments.rows(watched)
-    assert [each.name for each in (watched.path / "profile").iterdir()]
+    assert len(list((watched.path / "profile").iterdir())) == 2
     events = read(watched)
-    counted = [event.fields["flops_per_image"] for event in events if event.kind == "flops"]
-    assert counted and counted[0] == json.loads((watched.path / "flops.json").read_text())["step"]["flops_per_image"]
+    counted, again = [event.fields["flops_per_image"] for event in events if event.kind == "flops"]
+    assert counted == json.loads((watched.path / "flops.json").read_text())["step"]["flops_per_image"] > 0
+    assert again == counted
+    for event in events:
+        if event.kind == "interval" and event.fields["images"]:
+            fields = event.fields
+            seconds = fields["productive_s"] + fields["data_wait_s"] + fields["save_stall_s"]
+            assert fields["mfu"] == pytest.approx(counted * fields["images"] / (seconds * 1e9), rel=1e-6)
+    assert not any("mfu" in event.fields for event in read(plain))
+
+
+def test_a_method_that_cannot_be_counted_trains_all_the_same(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*unused: object, **more: object) -> None:
+        raise RuntimeError("a tensor without values")
+
+    monkeypatch.setattr("hpc_gen.stages.train_plan.measure", refuses)
+    run = workspace.run("odd", text=TINY)
+    assert workspace.train(run, "train.peak_tflops=1.0") == 0
+    limit = time.monotonic() + 60
+    while not (said := [each for each in read(run) if each.fields.get("what") == "FLOPs not counted"]):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    assert "a tensor without values" in said[0].fields["detail"]
 
 
 def test_the_plan_for_many_ranks(tmp_path: Path) -> None:
