@@ -237,8 +237,8 @@ def test_a_config_cut_at_any_line(workspace: Workspace) -> None:
     for number in range(len(lines)):
         run.config_path.write_bytes(b"".join(lines[:number]))
         try:
-            found = load_run(run)  # without its last lines it may say the same, where those are defaults
-            assert (found.identity, found.operation) == (whole.identity, whole.operation)
+            found = load_run(run)  # without its last lines it may say the same, but for keys that change no number
+            assert found.identity == whole.identity
         except (ConfigError, UserError, DataError) as error:
             refused += 1
             assert "config.yaml" in str(error) or str(run.path) in str(error)

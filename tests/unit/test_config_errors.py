@@ -67,7 +67,8 @@ FILE_CASES = [
     ),
     (
         ("  table: tables/toy\n", "  table: tables/toy\n  zzz: 1\n"),
-        "toy.yaml:5: unknown key 'data.zzz'; known keys of 'data': table, validation_table, shuffle_shards, prefetch, "
+        "toy.yaml:5: unknown key 'data.zzz'; known keys of 'data': feed, workers, stage_to, table, "
+        "validation_table, shuffle_shards, prefetch, "
         "class_names, forecast, tokenizer",
     ),
     (("name: toy", "name: toy\ntrian: 1"), "toy.yaml:2: unknown key 'trian'; did you mean 'train'?"),

@@ -50,6 +50,7 @@ def test_a_tokenizer_has_the_keys_of_its_name() -> None:
     settings = TokenizerConfig(name="kl_vae", weights="w", preset="kl16").settings()
     assert settings == {
         "weights": "w", "sha256": None, "preset": "kl16", "architecture": None, "scale": None, "shift": None,
+        "statistics": None,
     }  # fmt: skip
     assert refused(text=TEXT.replace("    weights: vae.safetensors\n", "")) == (
         "toy.yaml:10: 'encode.tokenizer' is refused: name 'kl_vae' needs 'weights', the file of its network"
