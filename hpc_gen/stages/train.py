@@ -25,7 +25,7 @@ from hpc_gen.data.order import BlockShuffle
 from hpc_gen.data.table import Table
 from hpc_gen.methods.materialise import materialise
 from hpc_gen.runtime import clock, commit, env
-from hpc_gen.runtime.errors import CheckpointError, ExitCode, FencedError, HpcGenError, UserError
+from hpc_gen.runtime.errors import CheckpointError, CollectiveError, ExitCode, FencedError, HpcGenError, UserError
 from hpc_gen.runtime.fence import Fence, claim_attempt
 from hpc_gen.runtime.journal import Journal
 from hpc_gen.runtime.progress import Progress
@@ -134,6 +134,7 @@ def _attempt(
     """Body of one attempt: everything between taking the fence and giving it back is in the journal."""
     ended, code, cause, seen = None, ExitCode.BUG, "error", -1
     blame: list[Mapping[str, Any]] = []
+    stuck = False
     job: loop.TrainJob | None = None
     try:
         with watched(run, config, ranks, attempt.number, attempt.journal):
@@ -144,11 +145,12 @@ def _attempt(
         code = ExitCode.DONE if ended is None else ExitCode(ended.exit_code)
         cause = "done" if ended is None else ended.detail
     except HpcGenError as error:
-        code, cause, blame = error.exit_code, str(error), blamed(error)
+        code, cause, blame, stuck = error.exit_code, str(error), blamed(error), isinstance(error, CollectiveError)
         raise
     finally:
         if job is not None:
-            job.chain.settle()  # before the fence is released: what is being written may still be committed
+            # before the fence is released: what is being written may still be committed, but not without a rank
+            job.chain.settle(5.0) if stuck else job.chain.settle()
         seen = job.state.images_seen if job is not None else -1
         attempt.journal.event("attempt_end", exit_code=int(code), cause=cause, images_seen=seen)
         if ranks.is_main:

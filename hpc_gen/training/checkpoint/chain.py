@@ -113,13 +113,13 @@ class CheckpointChain:
             error, self._error = self._error, None
             raise error
 
-    def settle(self) -> None:
+    def settle(self, limit_s: float = SETTLE_S) -> None:
         """Let the save under way end, well or not (its error is in the journal): for the end of a failed attempt.
 
         A rank that is gone for ever is not waited for: the thread ends with the process, and its commit with the fence.
         """
         if self._thread is not None:
-            self._thread.join(SETTLE_S)
+            self._thread.join(limit_s)
 
     @property
     def saving(self) -> bool:
