@@ -1,11 +1,12 @@
-"""`hpc-gen submit` on a real Slurm: really preempted trainings, bare and in a container. Whatever happens, the result is
-the one that `hpc-gen run` gives on this machine.
+"""`hpc-gen submit` on a real Slurm: a whole experiment with a task that fails once; really preempted trainings, bare and in
+a container. Whatever happens, the result is the one that `hpc-gen run` gives on this machine.
 
 The short set. All twelve points of preemption, in both, and the other ends of a job are in tests/prove_slurm.py.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,39 @@ def narrow(scene: Scene) -> Scene:
     found = Scene(scene.lab, scene.workspace, profile={"tasks_per_node": 1})
     found.undisturbed("narrow", *ONE_PER_NODE, stages="encode,train")
     return found
+
+
+def test_a_whole_experiment_is_what_it_is_on_one_machine(scene: Scene) -> None:
+    """Encode array (task 1 is killed once and refilled), 2 nodes x 2 tasks, sample and evaluate arrays, report.
+
+    Files get the mode and group of the profile, and a key of wandb that is in the environment reaches no file.
+    """
+    secret = "0123456789abcdef" * 2 + "deadbeef"
+    there = Scene(scene.lab, scene.workspace, profile={"umask": "027", "group": "games"})
+    run = there.submit("whole", fail="encode:1", WANDB_API_KEY=secret)
+    local = Scene(there.lab, there.lab.directory.parent / "local")
+    twin = local.undisturbed("whole")  # while Slurm is at work
+    states = there.wait_until_over(run)
+    assert set(states.values()) == {"COMPLETED"}, f"{states}\n{there.logs(run)}"
+    stages = [job.stage for job in records.read(run)[-1].jobs]
+    assert stages == ["encode", "train", "sample", "evaluate", "report"]
+    first, second = records.ends(run, f"{there.job(run, 'encode')}_1")
+    assert (first["code"], first["action"], second["code"], second["action"]) == (137, "requeue", 0, "end")
+    assert first["first"]["code"] == 137 and "tried again (1 of 1)" in first["why"]
+    assert (there.marks / "whole" / "failed.encode.1").exists()
+    for stage in ("encode", "sample", "evaluate", "report"):
+        assert scenes.committed_twice(run, stage) == []
+    hosts = {event.fields["host"] for event in journal.read(run) if event.kind == "attempt_start" and event.stage == "train"}
+    assert len(hosts) == 2 and run.report.is_file()
+
+    assert scenes.digests(run) == scenes.digests(twin)
+    shutil.rmtree(local.workspace)
+
+    files = [path for path in run.path.rglob("*") if path.is_file() and run.code not in path.parents]
+    assert len(files) > 50
+    assert {path.relative_to(run.path).as_posix() for path in files if path.stat().st_mode & 0o7} == set()
+    assert {path.group() for path in files} == {"games"}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_the_same_run_cannot_be_submitted_twice(narrow: Scene) -> None:

@@ -159,7 +159,7 @@ def controller_restart(scene: Scene) -> Row:
     pid = int((scene.lab.directory / "run" / "slurmctld.pid").read_text())
     os.kill(pid, 15)
     scenes.wait_for(lambda: not Path(f"/proc/{pid}").exists(), "slurmctld has ended", 30)
-    scene.command("preempt", "controller")  # the run folder alone is needed: a file, or a signal on this host
+    (run.path / "PREEMPT").touch()  # what `hpc-gen preempt` writes
     _release(scene, run)
     scenes.wait_for(lambda: bool(records.ends(run, job)), "the step has ended", 60)
     scene.lab.run(["slurmctld"])

@@ -4,7 +4,7 @@ Python loads this file at its start when this folder is on PYTHONPATH; the profi
 so the code under test is what users run. It patches modules as they are imported and does nothing outside a job step.
 
 HPC_GEN_TEST_POINTS   names separated by commas: the first is for the first start of the job, the second for the second ...
-HPC_GEN_TEST_FAIL     STAGE:TASK, whose first unit fails once
+HPC_GEN_TEST_FAIL     STAGE:TASK, which is killed once
 HPC_GEN_TEST_MARKS    folder for files that tell who reached what: POINT.JOB.RESTART.RANK.(reached|told), failed.STAGE.TASK
 """
 
@@ -148,9 +148,9 @@ AT_ONCE = ("before_import", "in_import")
 
 
 def _fail_once(module: ModuleType) -> None:
-    """The unit worker of HPC_GEN_TEST_FAIL's stage and task dies in its first unit, once."""
+    """The task of HPC_GEN_TEST_FAIL is killed once, when it begins with its units (others may take them over)."""
     stage, _, task = _variable("HPC_GEN_TEST_FAIL").partition(":")
-    real = module._do_unit
+    real = module._do_units
 
     def failing(run: Any, context: Any, *rest: Any) -> Any:
         name = f"failed.{context.stage}.{context.task}"
@@ -161,7 +161,7 @@ def _fail_once(module: ModuleType) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(run, context, *rest)
 
-    module._do_unit = failing
+    module._do_units = failing
 
 
 class _Patching(importlib.abc.MetaPathFinder, importlib.abc.Loader):
