@@ -29,7 +29,6 @@ class JobSpec:
     """One job of a run: a training, or an array of the tasks of a stage (`array` elements), or one such task.
 
     `dependency` is Slurm's own text; `chain_left`: jobs behind this one where a site forbids requeues, else None.
-    `widths`: numbers of nodes, ascending up to `nodes`, with any of which a start makes do; () = `nodes` alone.
     """
 
     name: str
@@ -44,7 +43,6 @@ class JobSpec:
     array: int | None = None
     dependency: str | None = None
     chain_left: int | None = None
-    widths: tuple[int, ...] = ()
 
     @property
     def wants(self) -> StageProfile:
@@ -84,7 +82,7 @@ def flags(spec: JobSpec) -> list[tuple[str, str | None]]:
         "job-name": spec.name,
         "comment": str(spec.run),  # by which the jobs of a run are found again
         "chdir": str(spec.run),
-        "nodes": f"{spec.widths[0]}-{spec.nodes}" if spec.widths else str(spec.nodes),
+        "nodes": str(spec.nodes),
         "ntasks-per-node": str(spec.tasks_per_node),
         "cpus-per-task": str(wants.cpus_per_task),
         "time": str(wants.time_limit_min),
@@ -201,24 +199,12 @@ def _step(spec: JobSpec, command: str) -> list[str]:
         *_pyxis(spec),
         *spec.profile.srun,
     ]
-    elastic, part = [], ""
-    if spec.widths:
-        elastic = [
-            "# Of the nodes that this start was given, the largest number that train.width allows.",
-            f"nodes={spec.widths[0]}",
-            f"for allowed in {' '.join(map(str, spec.widths[1:]))}; do",
-            '  if [ "$allowed" -le "${SLURM_JOB_NUM_NODES:-0}" ]; then nodes=$allowed; fi',
-            "done",
-            f"ranks=$((nodes * {spec.tasks_per_node}))",
-        ]
-        part = ' --nodes="$nodes" --ntasks="$ranks"'
     return [
-        *elastic,
         "# The step. It runs in the background, because a shell looks at its traps only between two commands.",
         'said=$(mktemp "${TMPDIR:-/tmp}/hpc-gen-srun.XXXXXX") || said=/dev/stderr',
         "HPC_GEN_LAUNCHED=$(date +%s.%N)  # what the start costs is counted from here",
         "export HPC_GEN_LAUNCHED",
-        f'{" ".join(_word(word) for word in words)}{part} {command} 2> "$said" &',
+        f'{" ".join(_word(word) for word in words)} {command} 2> "$said" &',
         "step=$!",
         'wait "$step"',
         "code=$?",

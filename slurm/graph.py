@@ -81,62 +81,51 @@ def _end(resolved: Resolved) -> int:
     return resolved.experiment.train.end_images
 
 
+def _most_ranks(train: TrainConfig, profile: ClusterProfile) -> int:
+    """`train.ranks`; where `train.width` leaves it open, the largest width that fills whole nodes of the profile.
+
+    A job has one number of nodes, also when it is requeued; another width is another submission, by --nodes.
+    """
+    if train.width is None or train.ranks != 1:
+        return train.ranks
+    most = None if profile.max_nodes is None else profile.max_nodes * profile.tasks_per_node
+    fitting = [
+        ranks
+        for ranks in train.width
+        if ranks % min(profile.tasks_per_node, ranks) == 0 and (most is None or ranks <= most)
+    ]
+    return max(fitting, default=max(train.width))
+
+
 def _training(run: RunFolder, resolved: Resolved, profile: ClusterProfile) -> StagePlan:
     train = resolved.experiment.train
     assert train is not None  # the stage is configured
-    per_node, widths = _nodes(train, profile)
-    nodes = widths[-1]
+    ranks = _most_ranks(train, profile)
+    per_node = min(profile.tasks_per_node, ranks)
+    if ranks % per_node:
+        below = ranks // per_node * per_node
+        raise UserError(
+            f"train.ranks = {ranks} does not fill nodes of {per_node} processes; use {below} or "
+            f"{below + per_node}, or --nodes"
+        )
+    nodes = ranks // per_node
+    if profile.max_nodes is not None and nodes > profile.max_nodes:
+        raise UserError(
+            f"training wants {nodes} nodes of {per_node} processes and the profile allows {profile.max_nodes}; lower "
+            "train.ranks or --nodes"
+        )
     chain = [None] if profile.requeue else [profile.chain - 1 - place for place in range(profile.chain)]
     name = _job_name(run, TRAIN, unique=not profile.requeue)
     specs = [
-        _spec(
-            run,
-            profile,
-            TRAIN,
-            name,
-            nodes=nodes,
-            tasks_per_node=per_node,
-            threads=train.threads,
-            chain_left=left,
-            widths=widths if len(widths) > 1 else (),
-        )
+        _spec(run, profile, TRAIN, name, nodes=nodes, tasks_per_node=per_node, threads=train.threads, chain_left=left)
         for left in chain
     ]
-    counts = " or ".join(map(str, widths))
-    words = f"{counts} node{'s' if nodes > 1 else ''} x {per_node} processes"
+    words = f"{nodes} node{'s' if nodes > 1 else ''} x {per_node} processes"
     if not profile.requeue:
         words += f", a chain of {len(chain)} jobs: this site allows no requeue"
     return StagePlan(
         TRAIN, specs, [StageTask(str(run.path), TRAIN, gpus=_visible_gpus(profile, TRAIN, per_node))], words
     )
-
-
-def _nodes(train: TrainConfig, profile: ClusterProfile) -> tuple[int, tuple[int, ...]]:
-    """Processes per node, and the numbers of nodes, ascending, that training may have.
-
-    One number from `train.ranks`, unless `train.width` leaves it open: then every width that fills whole nodes.
-    Raises UserError.
-    """
-    wanted = train.width if train.width is not None and train.ranks == 1 else [train.ranks]
-    per_node = min(profile.tasks_per_node, max(wanted))
-    whole = sorted({ranks // per_node for ranks in wanted if ranks % per_node == 0})
-    if not whole and len(wanted) > 1:
-        raise UserError(
-            f"none of train.width = {wanted} fills nodes of {per_node} processes; allow a multiple of {per_node}"
-        )
-    if not whole:
-        below = wanted[0] // per_node * per_node
-        raise UserError(
-            f"train.ranks = {wanted[0]} does not fill nodes of {per_node} processes; use {below} or "
-            f"{below + per_node}, or --nodes"
-        )
-    fitting = tuple(nodes for nodes in whole if profile.max_nodes is None or nodes <= profile.max_nodes)
-    if not fitting:
-        raise UserError(
-            f"training wants {whole[0]} nodes of {per_node} processes and the profile allows {profile.max_nodes}; "
-            "lower train.ranks or --nodes"
-        )
-    return per_node, fitting
 
 
 def _units(
@@ -226,7 +215,6 @@ def _spec(
     threads: int = 1,
     array: int | None = None,
     chain_left: int | None = None,
-    widths: tuple[int, ...] = (),
 ) -> JobSpec:
     return JobSpec(
         name=name,
@@ -240,7 +228,6 @@ def _spec(
         threads=threads,
         array=array,
         chain_left=chain_left,
-        widths=widths,
     )
 
 

@@ -194,9 +194,8 @@ def _refuse_by(stage: str, spec: JobSpec, partition: Partition) -> None:
             f"{start} a job may last {partition.limit_min} minutes there and the profile asks for "
             f"{wants.time_limit_min}; --set time_limit_min={partition.limit_min}"
         )
-    least = spec.widths[0] if spec.widths else spec.nodes
-    if least > partition.nodes:
-        raise UserError(f"{start} it has {partition.nodes} nodes and {least} are wanted; lower --nodes")
+    if spec.nodes > partition.nodes:
+        raise UserError(f"{start} it has {partition.nodes} nodes and {spec.nodes} are wanted; lower --nodes")
     cpus = spec.tasks_per_node * (wants.cpus_per_task or 1)
     if cpus > partition.cpus:
         raise UserError(

@@ -48,7 +48,6 @@ def spec(name: str, stage: str, **changes: object) -> JobSpec:
 
 SPECS = {
     "lab_train": spec("lab", "train"),
-    "lab_train_wide": spec("lab", "train", nodes=8, tasks_per_node=2, widths=(1, 2, 4, 8)),
     "lab_encode": spec("lab", "encode", dependency=None),
     "gh200_train": spec("gh200", "train", dependency="afterok:41", threads=8),
     "a100_train": spec("a100", "train"),
@@ -137,12 +136,10 @@ class Fake:
         body = f'case "$1" in show) echo "{shown}";; requeue | release) {requeue_body or kill};; esac'
         self.program("scontrol", body)
 
-    def begin(
-        self, srun: str, chain_left: int | None = None, name: str = "lab_train", **variables: str
-    ) -> subprocess.Popen[str]:
+    def begin(self, srun: str, chain_left: int | None = None, **variables: str) -> subprocess.Popen[str]:
         """Start the script; `srun` is the body of the fake srun."""
         self.program("srun", srun)
-        job = replace(SPECS[name], run=self.run, workspace=self.run.parent.parent, chain_left=chain_left)
+        job = replace(SPECS["lab_train"], run=self.run, workspace=self.run.parent.parent, chain_left=chain_left)
         script = self.run / "job.sh"
         script.write_text(batch.script(job, "payload"))
         shell = self.run / "shell"
@@ -160,11 +157,9 @@ class Fake:
         shell.write_text(str(process.pid))
         return process
 
-    def end(
-        self, srun: str, chain_left: int | None = None, name: str = "lab_train", **variables: str
-    ) -> tuple[int, str]:
+    def end(self, srun: str, chain_left: int | None = None, **variables: str) -> tuple[int, str]:
         """The script's exit code (-9 for one that was requeued) and its output."""
-        process = self.begin(srun, chain_left, name, **variables)
+        process = self.begin(srun, chain_left, **variables)
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
@@ -194,16 +189,6 @@ def test_saved_and_requeued(fake: Fake) -> None:
 def test_an_element_of_an_array_is_requeued_alone(fake: Fake) -> None:
     fake.end("exit 85", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
     assert fake.asked("scontrol") == ["show job -o 7_3", "requeue 7_3"]
-
-
-@pytest.mark.parametrize(("given", "used"), [("1", 1), ("2", 2), ("3", 2), ("5", 4), ("7", 4), ("8", 8), ("", 1)])
-def test_a_start_uses_the_largest_width_that_it_was_given(fake: Fake, given: str, used: int) -> None:
-    """`#SBATCH --nodes=1-8`: Slurm starts, and after a requeue starts again, with what is there."""
-    variables = {"SLURM_JOB_NUM_NODES": given} if given else {}
-    assert fake.end("exit 0", name="lab_train_wide", **variables)[0] == 0
-    (words,) = fake.asked("srun")
-    assert f" --nodes={used} --ntasks={2 * used} payload" in words
-    assert "#SBATCH --nodes=1-8" in (fake.run / "job.sh").read_text()
 
 
 @pytest.mark.parametrize("code", [2, 64, 70, 75, 87])

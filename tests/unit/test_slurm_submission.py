@@ -96,40 +96,22 @@ def test_stages_become_jobs_that_wait_for_each_other(bench: Bench, fake: FakeSlu
 
 
 @pytest.mark.parametrize(
-    ("settings", "nodes", "words"),
+    ("settings", "overrides", "nodes"),
     [
-        ([], "1-4", "1 or 2 or 4 nodes x 2 processes"),  # one rank does not fill a node of two
-        (["max_nodes=2"], "1-2", "1 or 2 nodes x 2 processes"),
-        (["max_nodes=1"], "1", "1 node x 2 processes"),
-        (["tasks_per_node=8"], "1", "1 node x 8 processes"),
+        ([], ["train.ranks=1"], 4),
+        (["max_nodes=2"], ["train.ranks=1"], 2),
+        (["tasks_per_node=8"], ["train.ranks=1"], 1),
+        ([], ["train.ranks=2"], 1),  # --nodes sets it
     ],
 )
-def test_a_width_is_a_range_of_nodes(
-    fake: FakeSlurm, tmp_path: Path, settings: list[str], nodes: str, words: str
+def test_a_width_asks_for_the_most_nodes_that_it_may(
+    fake: FakeSlurm, tmp_path: Path, settings: list[str], overrides: list[str], nodes: int
 ) -> None:
-    wide = ("train.ranks=1", "train.width=[1,2,4,8]", "train.global_batch=16", "train.micro_batch=1")
-    bench = Bench(tmp_path / "w", *wide)
-    (plan,), _ = bench.plans(*settings, stages="train")
-    assert plan.words == words
+    wide = ("train.width=[1,2,4,8]", "train.global_batch=16", "train.micro_batch=1")
+    bench = Bench(tmp_path / "w", *wide, *overrides)
     bench.submit(*settings, stages="train")
     (script,) = bench.scripts().values()
     assert f"#SBATCH --nodes={nodes}" in script
-
-
-def test_nodes_by_hand_leave_no_range(fake: FakeSlurm, tmp_path: Path) -> None:
-    """--nodes sets train.ranks, which must be one of the widths."""
-    bench = Bench(tmp_path / "w", "train.ranks=4", "train.width=[2,4]", "train.global_batch=16", "train.micro_batch=2")
-    bench.submit(stages="train")
-    (script,) = bench.scripts().values()
-    assert "#SBATCH --nodes=2" in script
-
-
-def test_no_width_fills_a_node(fake: FakeSlurm, tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "w", "train.ranks=1", "train.width=[2,4]", "train.global_batch=16", "train.micro_batch=2")
-    with pytest.raises(UserError) as caught:
-        bench.plans("tasks_per_node=3", stages="train")
-    told = "none of train.width = [2, 4] fills nodes of 3 processes; allow a multiple of 3"
-    assert str(caught.value) == told
 
 
 def test_what_submitit_pickled_is_the_task_by_name(bench: Bench) -> None:
