@@ -7,6 +7,7 @@ documented with the digest of the undisturbed one.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Any
 import scenes
 from scenes import Scene
 
+from hpc_gen.config import loader
 from hpc_gen.runtime import goodput
 from hpc_gen.runtime.run_folder import RunFolder
+from hpc_gen.stages import run_setup
 from slurm import records
 
 NARROW = ("train.ranks=2",)
@@ -170,23 +173,23 @@ def controller_restart(scene: Scene) -> Row:
 
 
 def full_log_disk(scene: Scene) -> Row:
-    """The logs lie on a disk that is full: the work goes on without them."""
-    run = scene.run("full-log")
+    """The disk of the logs becomes full while a training runs: the work goes on without them."""
+    run = run_setup.prepare_run(loader.load(scene.config(), ["name=full-log", *NARROW]), scene.workspace)
     disk = scene.lab.directory.parent / "small"  # mounted before the lab was started: nodes see mounts of that moment
-    run.path.mkdir(parents=True)
-    (run.path / "logs").symlink_to(disk)
-    with open(disk / "filler", "wb") as stream:
+    shutil.rmtree(run.logs, ignore_errors=True)
+    run.logs.symlink_to(disk)
+    _held(scene, "full-log")
+    with open(disk / "filler", "wb", buffering=0) as stream:
         try:
             while True:
                 stream.write(b"x" * 512)
-                stream.flush()
         except OSError:
             pass
-    scene.submit("full-log", *NARROW, stages="train")
-    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"]
     free = os.statvfs(disk).f_bavail
+    _release(scene, run)
+    sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"] and free == 0
     (disk / "filler").unlink()
-    return row_of(scene, run, "full log disk", sound and free == 0, "no log, the journal has everything")
+    return row_of(scene, run, "full log disk", sound, "full from the fifth step on; the journal has everything")
 
 
 def hanging_rank(scene: Scene) -> Row:
