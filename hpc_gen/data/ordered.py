@@ -43,6 +43,7 @@ class OrderedReader:
         self._table, self._order, self._columns = table, order, tuple(columns)
         self._first = self._end = 0  # positions of the block in hand
         self._is_new = False  # and whether the one that follows has yet to be announced
+        self._next: tuple[int, Int64Array] | None = None  # the one that follows, once it was announced
         self._rows: Int64Array = np.empty(0, dtype=np.int64)
         self._planned: RowReads | None = None
 
@@ -52,7 +53,7 @@ class OrderedReader:
         Raises DataError as `Table.read`.
         """
         if not (self._first <= first and end <= self._end):
-            block_first, rows = self._order.block(first)
+            block_first, rows = self._block(first)
             if end > block_first + len(rows):  # across blocks: rare, unless a block is smaller than a batch
                 rows = self._order.rows(np.arange(first, end, dtype=np.int64))
                 return rows, self._table.read(rows, self._columns)
@@ -62,7 +63,14 @@ class OrderedReader:
             self._is_new = True
         elif self._is_new:  # after the first batch, which somebody waits for
             self._is_new = False
-            self._table.announce(self._order.block(self._end)[1])
+            self._next = self._order.block(self._end)
+            self._table.announce(self._next[1])
         assert self._planned is not None  # a block in hand has been planned
         begin, stop = first - self._first, end - self._first
         return self._rows[begin:stop], self._planned.read(begin, stop)
+
+    def _block(self, position: int) -> tuple[int, Int64Array]:
+        """The block that holds a position; the one that was announced is not shuffled a second time."""
+        if self._next is not None and self._next[0] <= position < self._next[0] + len(self._next[1]):
+            return self._next
+        return self._order.block(position)

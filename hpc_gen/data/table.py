@@ -147,8 +147,7 @@ class Table:
         """
         if self._row_reader is not None:
             return
-        numbers = np.unique(self._starts.searchsorted(rows, side="right") - 1).tolist()
-        will_need([self.folder / self.index.shards[n].file for n in numbers if not self._mapped.has(n)])
+        will_need([self.folder / self.index.shards[n].file for n in self._mapped.missing(rows)])
 
     @property
     def num_open(self) -> int:
