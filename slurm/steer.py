@@ -54,9 +54,20 @@ def cancel(run: RunFolder, commands: Commands, say: Say, *, now: bool = False, d
 def preempt(run: RunFolder, commands: Commands, say: Say, *, dry_run: bool = False) -> bool:
     """Send SIGTERM to the tasks of the run's running jobs, as a preemption does; False: it has none.
 
-    They save and end, and their batch scripts requeue them.
+    They save and end, and their batch scripts requeue them. Where the controller does not answer, an attempt at work
+    finds a PREEMPT file instead; raises UserError where none is.
     """
-    running = [job for job in jobs_here(run, commands) if job.state == "RUNNING"]
+    try:
+        running = [job for job in jobs_here(run, commands) if job.state == "RUNNING"]
+    except UserError as error:
+        if control.holder(run) is None:
+            raise
+        say(f"Slurm cannot be asked ({error})")
+        would = "would write" if dry_run else "writing"
+        say(f"{would} {run.preempt_file}: the attempt at work looks at it once a second")
+        if not dry_run:
+            commit.write_text(run.preempt_file, "hpc-gen preempt\n")
+        return True
     for job in running:
         would = "would send" if dry_run else "sending"
         say(f"{would} SIGTERM to the tasks of {job.name} ({job.job_id}, on {job.nodes}); it saves and requeues itself")

@@ -287,6 +287,18 @@ def test_preempt_signals_the_tasks(run: RunFolder, fake: FakeSlurm) -> None:
     assert said[-1] == "sending SIGTERM to the tasks of tiny.train (12, on n[1-2]); it saves and requeues itself"
 
 
+def test_preempt_without_a_controller_writes_a_file(run: RunFolder, fake: FakeSlurm) -> None:
+    fake._write("squeue", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
+    said: list[str] = []
+    with pytest.raises(UserError, match="Unable to contact slurm controller"):
+        steer.preempt(run, Commands(), said.append)
+    journal = Journal(run, claim_attempt(run, "train"), "train")
+    journal.event("attempt_start", world_size=1, rank=0, process_start=clock.now())
+    assert steer.preempt(run, Commands(), said.append, dry_run=True) and not run.preempt_file.exists()
+    assert steer.preempt(run, Commands(), said.append) and run.preempt_file.exists()
+    assert "Unable to contact slurm controller" in said[0] and said[-1].startswith(f"writing {run.preempt_file}")
+
+
 def test_preempt_waits_for_the_end_of_the_attempt(run: RunFolder, fake: FakeSlurm) -> None:
     """`hpc-gen preempt --wait`: the jobs are asked, and the attempt that was in progress is waited for."""
     fake.answer("squeue", live(run, ("12", "RUNNING", "None"), nodes="n1"))
