@@ -68,7 +68,7 @@ def commands(block: Block) -> list[list[str]]:
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             del words[0]
         for cut, word in enumerate(words):
-            if word in (">", ">>", "|", "&&", ";", "&"):
+            if word in (">", ">>", "|", "||", "&&", ";", "&"):
                 words = words[:cut]
                 break
         if words and words[0] == "hpc-gen":
