@@ -37,6 +37,7 @@ def send(folder: Path, handle: Any) -> None:
 
 
 def settled(folder: Path) -> None:
-    """Everything has arrived."""
-    if (folder / UNSENT).is_dir():
-        commit.remove_tree(folder / UNSENT)
+    """Everything has arrived: what was kept, and what the client that ended in peace has copied into its folder."""
+    for path in (folder / UNSENT, *sorted(folder.glob("run-*/files/media"))):
+        if path.is_dir():
+            commit.remove_tree(path)

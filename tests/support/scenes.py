@@ -80,11 +80,14 @@ PROFILE: dict[str, Any] = {
 }
 
 
-def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 240.0, every_s: float = 0.1) -> None:
+def wait_for(
+    condition: Callable[[], bool], what: str | Callable[[], str], limit_s: float = 240.0, every_s: float = 0.1
+) -> None:
     """Wait for an event; fails with its name when it does not come."""
     due = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < due, f"waited {limit_s:g} s in vain: {what}"
+        if time.monotonic() >= due:
+            raise AssertionError(f"waited {limit_s:g} s in vain: {what() if callable(what) else what}")
         time.sleep(every_s)
 
 
@@ -226,6 +229,11 @@ class Scene:
         paths = sorted(run.logs.glob("*.log")) if run.logs.is_dir() else []
         return "\n".join(f"--- {path.name}\n" + "\n".join(path.read_text().splitlines()[-last:]) for path in paths)
 
+    def queue(self) -> str:
+        """What Slurm has queued and how its nodes are, for a failing test."""
+        asked = (["squeue", "-o", "%i %j %T %r %N"], ["sinfo", "-N", "-o", "%N %P %T %E"])
+        return "\n".join(self.lab.run(words, check=False).stdout for words in asked)
+
     def reached(self, run: RunFolder, point: str, restart: int, what: str = "reached") -> list[Path]:
         """Marks of the processes that have come to a point in a start of the job (or have had the signal there)."""
         return sorted((self.marks / run.name).glob(f"{point}.*.{restart}.*.{what}"))
@@ -259,7 +267,7 @@ def disturb(scene: Scene, run: RunFolder, points: Sequence[str]) -> list[Preempt
     for restart, point in enumerate(points):
         wait_for(
             lambda r=restart, p=point: bool(scene.reached(run, p, r)),  # type: ignore[misc]
-            f"start {restart} of {run.name} comes to {point}\n{scene.logs(run)}",
+            lambda r=restart, p=point: f"start {r} of {run.name} comes to {p}\n{scene.queue()}\n{scene.logs(run)}",  # type: ignore[misc]
         )
         waited_s = scene.preempt()
         found.append(Preemption(point, restart, waited_s, len(scene.reached(run, point, restart, "told"))))

@@ -56,9 +56,9 @@ def test_fused_projections_are_split_each_by_itself() -> None:
     """Rows q, k, v of two heads: rank 1 of 2 holds the second head of each."""
     full = torch.arange(12.0).view(6, 2)
     layout = Layout.stretches((6, 2), 0, [(i * 2 + 1, 1) for i in range(3)])
-    part = layout.cut(full, like=torch.empty(3, 2))
+    part = layout.cut({"w": full}, "w", like=torch.empty(3, 2))
     assert torch.equal(part, full[[1, 3, 5]])
-    columns = Layout.stretches((6, 2), 1, [(1, 1)]).cut(full, like=torch.empty(6, 1))
+    columns = Layout.stretches((6, 2), 1, [(1, 1)]).cut({"w": full}, "w", like=torch.empty(6, 1))
     assert torch.equal(columns, full[:, 1:])
 
 
