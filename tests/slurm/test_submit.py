@@ -111,7 +111,9 @@ def test_preempted_for_real_at_three_points(narrow: Scene) -> None:
 def test_in_a_container_as_an_ordinary_user(narrow: Scene, image: Path) -> None:
     """A read-only image, as nobody, preempted while the ranks agree on whether to stop."""
     profile = {**narrow.profile, "sbatch": {"uid": "nobody", "gid": "nogroup"}, "umask": "000"}
-    inside = Scene(narrow.lab, narrow.workspace, image, profile)
+    # a workspace of its own: the profile of the whole experiment lets its group alone into what it makes
+    inside = Scene(narrow.lab, narrow.lab.directory.parent / "nobody", image, profile)
+    inside.undisturbed("narrow", *ONE_PER_NODE, stages="encode,train")
     run = inside.submit("inside", *ONE_PER_NODE, stages="train", points=("agreement",))
     scenes.disturb(inside, run, ("agreement",))
     states = inside.wait_until_over(run)
