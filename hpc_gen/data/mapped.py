@@ -63,13 +63,13 @@ class PlannedRows:
         self._window = window
         named = [(name, found, window.columns[name]) for name, found in places.items()]
         # tuples, and no look-up per batch: beside the copy of a batch each call counts
-        self._parts = [(name, found, c.rows_at, c.held, (-1, *c.shape), c.stored) for name, found, c in named]
+        self._parts = [(name, found, c.rows_at, np.dtype((c.held, c.shape)), c.stored) for name, found, c in named]
 
     def read(self, begin: int, end: int) -> dict[str, Tensor]:
         """Rows number `begin` to `end` of the plan, at least one: {column: Tensor [n, ...]}, the caller's own."""
         batch: dict[str, Tensor] = {}
-        for name, places, rows_at, held, shape, stored in self._parts:
-            rows = torch.from_numpy(rows_at[places[begin:end]].view(held).reshape(shape))
+        for name, places, rows_at, row, stored in self._parts:
+            rows = torch.from_numpy(rows_at[places[begin:end]].view(row))
             batch[name] = rows if stored is None else rows.view(stored)
         return batch
 
