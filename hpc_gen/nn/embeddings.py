@@ -39,9 +39,10 @@ def timestep_features(t_B: Tensor) -> Tensor:
     return torch.cat([angles_BI.cos(), angles_BI.sin()], dim=1)
 
 
-def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Scale and shift every token of a sample alike."""
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+def modulate(x_BND: Tensor, shift_BD: Tensor | None, scale_BD: Tensor) -> Tensor:
+    """Scale and, unless there is none, shift every token of a sample alike."""
+    scaled_BND = x_BND * (1 + scale_BD[:, None])
+    return scaled_BND if shift_BD is None else scaled_BND + shift_BD[:, None]
 
 
 def adaptive_parameters(width: int, chunks: int) -> nn.Sequential:

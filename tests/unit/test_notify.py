@@ -113,7 +113,10 @@ def test_a_kill_and_the_cause_of_another_stage(tmp_path: Path) -> None:
 
 def test_without_the_section_nobody_is_told(tmp_path: Path) -> None:
     run = Workspace(tmp_path).run("toy", text=LINEAR)
+    ended(run, 0, "done")
+    before = [event.kind for event in journal.read(run)]
     ending.tell(run, run_setup.load_run(run), "train", 0)
+    assert [event.kind for event in journal.read(run)] == before == ["attempt_start", "attempt_end"]
 
 
 def test_a_failing_notification_is_journaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from hpc_gen.nn.embeddings import (
     modulate,
     sincos_positions,
 )
+from hpc_gen.nn.feed_forward import FeedForward
 
 NORM_EPS = 1e-6
 
@@ -76,19 +77,6 @@ class Attention(nn.Module):
         q_BHNK, k_BHNK, v_BHNK = (part.view(heads_shape).transpose(1, 2) for part in self.qkv(x_BND).chunk(3, dim=2))
         mixed_BHNK = attend(q_BHNK, k_BHNK, v_BHNK, derivatives)
         return self.proj(mixed_BHNK.transpose(1, 2).reshape(batch, tokens, -1))
-
-
-class FeedForward(nn.Module):
-    """Two linear maps with a tanh-approximated GELU between them."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Tokens [B, N, D]."""
-        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
 
 
 class Block(nn.Module):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hpc_gen.methods.energy.config import EnergyConfig
 from hpc_gen.methods.energy.model import PureDiffusion
+from hpc_gen.methods.official import OfficialList, import_strict
 from hpc_gen.nn.embeddings import sincos_positions
-from hpc_gen.runtime.errors import DataError
 
 _POSITION_TOLERANCE = 1e-6  # float32 sines of another library
-_NAMED = 5  # keys named in an error before "and N more"
 
 # Which config key decides the shape of a parameter, to say what to change; the first match counts.
 _SHAPE_KEYS = {
@@ -26,55 +24,16 @@ _SHAPE_KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class OfficialList:
-    """Keys and shapes of a checkpoint in state-dict order, what of it is no parameter or not trained, and counts."""
-
-    state_dict: dict[str, tuple[int, ...]]
-    buffers: tuple[str, ...]
-    frozen: tuple[str, ...]
-    num_params: int
-    num_trainable: int
-
-
 def official_list(config: EnergyConfig, num_classes: int) -> OfficialList:
     """The list for a model of this config (built on the meta device, no memory)."""
     with torch.device("meta"):
         model = PureDiffusion(config, num_classes)
-    parameters = dict(model.named_parameters())
-    return OfficialList(
-        state_dict={name: tuple(value.shape) for name, value in model.state_dict().items()},
-        buffers=tuple(name for name, _ in model.named_buffers()),
-        frozen=tuple(name for name, p in parameters.items() if not p.requires_grad),
-        num_params=sum(p.numel() for p in parameters.values()),
-        num_trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-    )
+    return OfficialList.of(model)
 
 
-@torch.no_grad()
 def import_flat(model: nn.Module, flat: Mapping[str, Tensor], source: str = "the weights") -> None:
-    """Copy a flat state dict with the official keys into a materialised model, values cast to the model's dtypes.
-
-    All or nothing: every key must be there, no other, in the right shape; else DataError naming `source`, the keys and
-    the config key to look at.
-    """
-    own = model.state_dict()
-    missing = [name for name in own if name not in flat]
-    unexpected = [name for name in flat if name not in own]
-    if missing or unexpected:
-        parts = [f"lack {_some(missing)}"] if missing else []
-        parts += [f"have unknown {_some(unexpected)}"] if unexpected else []
-        raise DataError(
-            f"{source} {' and '.join(parts)}; method.depth or method.variant differs, or these are other weights"
-        )
-    for name, value in own.items():
-        if flat[name].shape != value.shape:
-            raise DataError(
-                f"{source} hold '{name}' as {list(flat[name].shape)}, but the model needs {list(value.shape)}; "
-                f"change {_shape_key(name)}"
-            )
-    for name, value in own.items():
-        value.copy_(flat[name])
+    """Copy a flat state dict with the official keys into a materialised model; see methods.official.import_strict."""
+    import_strict(model, flat, source, "method.depth or method.variant differs", _shape_key)
 
 
 def adapt_official(
@@ -105,11 +64,6 @@ def adapt_official(
 def export_flat(model: nn.Module) -> dict[str, Tensor]:
     """The state dict under the official keys, as contiguous CPU copies."""
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:_NAMED])
-    return shown + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _shape_key(name: str) -> str:

@@ -20,8 +20,10 @@ from hpc_gen.nn.embeddings import (
     PatchEmbed,
     TimestepEmbedder,
     adaptive_parameters,
+    modulate,
     sincos_positions,
 )
+from hpc_gen.nn.feed_forward import FeedForward
 
 NORM_EPS = 1e-6
 QK_LAYER_NORM_EPS = 1e-5  # of the reference's plain layer norm of queries and keys
@@ -68,12 +70,6 @@ class RMSNorm(nn.Module):
 def make_norm(width: int, rms: bool) -> nn.Module:
     """RMS norm, or layer norm without learned parameters."""
     return RMSNorm(width) if rms else nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-
-
-def modulate(x_BND: Tensor, shift_BD: Tensor | None, scale_BD: Tensor) -> Tensor:
-    """Scale and, unless there is none, shift every token of a sample alike."""
-    scaled_BND = x_BND * (1 + scale_BD[:, None])
-    return scaled_BND if shift_BD is None else scaled_BND + shift_BD[:, None]
 
 
 class Rotary(nn.Module):
@@ -135,19 +131,6 @@ class GatedFeedForward(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class PlainFeedForward(nn.Module):
-    """Two linear maps with a tanh-approximated GELU between them."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Tokens [B, N, D]."""
-        return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition."""
 
@@ -158,7 +141,7 @@ class Block(nn.Module):
         self.norm2 = make_norm(width, config.rms_norm)
         self.attn = Attention(config)
         self.mlp: nn.Module = (
-            GatedFeedForward(width, int(2 / 3 * inner)) if config.swiglu else PlainFeedForward(width, inner)
+            GatedFeedForward(width, int(2 / 3 * inner)) if config.swiglu else FeedForward(width, inner)
         )
         self.shift = config.shift
         self.adaLN_modulation = adaptive_parameters(width, 6 if config.shift else 4)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpc_gen.methods.gmem.config import GmemConfig
 from hpc_gen.methods.gmem.model import LightningDiT, rotary_tables
+from hpc_gen.methods.official import OfficialList, import_strict
 from hpc_gen.nn.embeddings import sincos_positions
 from hpc_gen.runtime.errors import DataError
 
@@ -22,29 +22,11 @@ WRAPPER = "module."  # prefix of the keys of "model" in files of multi-process t
 _TABLE_TOLERANCE = 1e-5  # float32 sines of another library
 
 
-@dataclass(frozen=True)
-class OfficialList:
-    """Keys and shapes of a checkpoint in state-dict order, what of it is no parameter or not trained, and counts."""
-
-    state_dict: dict[str, tuple[int, ...]]
-    buffers: tuple[str, ...]
-    frozen: tuple[str, ...]
-    num_params: int
-    num_trainable: int
-
-
 def official_list(config: GmemConfig, num_classes: int = 0) -> OfficialList:
     """The list for a model of this config (built on the meta device, no memory)."""
     with torch.device("meta"):
         model = LightningDiT(config, num_classes)
-    parameters = dict(model.named_parameters())
-    return OfficialList(
-        state_dict={name: tuple(value.shape) for name, value in model.state_dict().items()},
-        buffers=tuple(name for name, _ in model.named_buffers()),
-        frozen=tuple(name for name, p in parameters.items() if not p.requires_grad),
-        num_params=sum(p.numel() for p in parameters.values()),
-        num_trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-    )
+    return OfficialList.of(model)
 
 
 def adapt_official(
@@ -85,20 +67,12 @@ def scale_metadata(tokenizer: Mapping[str, Any]) -> dict[str, str]:
     return {f"hpc_gen.latent_{key}": json.dumps(value) for key, value in known.items()}
 
 
-@torch.no_grad()
-def import_flat(model: LightningDiT, flat: Mapping[str, Tensor], source: str = "the weights") -> None:
-    """Copy a flat state dict with the official keys into a materialised model. All or nothing; DataError otherwise."""
-    own = model.state_dict()
-    odd = sorted(own.keys() ^ flat.keys())
-    if odd:
-        raise DataError(
-            f"{source} and the model differ in {len(odd)} keys, first '{odd[0]}'; check method.depth and its switches"
-        )
-    for name, value in own.items():
-        if flat[name].shape != value.shape:
-            raise DataError(
-                f"{source} hold '{name}' as {list(flat[name].shape)}, but the model needs {list(value.shape)}; check "
-                "method.hidden, method.image_size and method.patch_size"
-            )
-    for name, value in own.items():
-        value.copy_(flat[name])
+def import_flat(model: nn.Module, flat: Mapping[str, Tensor], source: str = "the weights") -> None:
+    """Copy a flat state dict with the official keys into a materialised model; see methods.official.import_strict."""
+    import_strict(model, flat, source, "method.depth or a switch of the network differs", _shape_key)
+
+
+def _shape_key(name: str) -> str:
+    """Which config keys decide the shape of a parameter."""
+    at_the_ends = name == "pos_embed" or name.startswith(("feat_rope", "x_embedder", "final_layer.linear"))
+    return "method.image_size, method.channels, method.patch_size or method.hidden" if at_the_ends else "method.hidden"

@@ -6,8 +6,6 @@ energy after every solver step. Every step looks first at what is there already,
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 from hpc_gen.methods.protocol import Curve
@@ -15,7 +13,7 @@ from hpc_gen.runtime import clock
 from hpc_gen.runtime.errors import DataError
 from hpc_gen.runtime.journal import attempts
 from hpc_gen.sampling.index import read_index
-from hpc_gen.stages.demo.steps import Demo, config_file, metric_lines, row_at, seen
+from hpc_gen.stages.demo.steps import Demo, config_file, metric_lines
 
 TOKENIZER_FILE, TOKENIZER_NAME = "emoji32_vae.yaml", "demo-emoji32-vae"
 FILE, NAME = "emoji32_latent.yaml", "demo-emoji32-latent"
@@ -46,21 +44,7 @@ def make_tokenizer(demo: Demo) -> None:
 
 def _diffusion(demo: Demo) -> None:
     demo.say("\n== 3. Energy diffusion on its latents: killed, resumed, sampled with the inner loop, scored, reported")
-    run = demo.run_folder(NAME)
-    words = ("run", str(config_file(FILE)), "--stages", STAGES)
-    if run.exists() and len([a for a in attempts(run) if a.stage == "train"]) > 1:
-        if run.report.is_file():
-            demo.say(f"done already: {run.path}; its stages say what they find")
-        demo.command("resume", str(run.path), "--stages", STAGES)
-        return
-    process = demo.start(*words, new_session=True)
-    while process.poll() is None and not 0 < seen(run) < row_at(run):  # between two checkpoints: something to lose
-        clock.sleep(0.1)
-    if process.poll() is None:
-        demo.say(f"-- checkpoint at {seen(run)} images, {row_at(run)} are logged: SIGKILL to every process of the run")
-        os.killpg(process.pid, signal.SIGKILL)
-    demo.expected(process, words, (-signal.SIGKILL, 0))
-    demo.command("resume", str(run.path), "--stages", STAGES)
+    demo.killed_and_resumed(FILE, NAME, STAGES)
 
 
 def _summary(demo: Demo, seconds: float) -> None:

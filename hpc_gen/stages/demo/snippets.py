@@ -6,14 +6,12 @@ images. Every step looks first at what is there already, so a second call repeat
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 from hpc_gen.runtime import clock
 from hpc_gen.runtime.journal import attempts
 from hpc_gen.stages.demo import latents
-from hpc_gen.stages.demo.steps import Demo, config_file, metric_lines, row_at, seen
+from hpc_gen.stages.demo.steps import Demo, metric_lines
 
 FILE, NAME = "emoji32_gmem.yaml", "demo-emoji32-gmem"
 ENCODER = Path("weights") / "demo_dinov2.safetensors"  # as FILE names it
@@ -71,19 +69,7 @@ def write_encoder(path: Path) -> None:
 
 def _training(demo: Demo) -> None:
     demo.say("\n== 2. GMem: latents and snippets, training killed and resumed, samples by the SDE, metrics, report")
-    run = demo.run_folder(NAME)
-    words = ("run", str(config_file(FILE)), "--stages", STAGES)
-    if run.exists() and len([a for a in attempts(run) if a.stage == "train"]) > 1:
-        demo.command("resume", str(run.path), "--stages", STAGES)
-        return
-    process = demo.start(*words, new_session=True)
-    while process.poll() is None and not 0 < seen(run) < row_at(run):  # between two checkpoints: something to lose
-        clock.sleep(0.1)
-    if process.poll() is None:
-        demo.say(f"-- checkpoint at {seen(run)} images, {row_at(run)} are logged: SIGKILL to every process of the run")
-        os.killpg(process.pid, signal.SIGKILL)
-    demo.expected(process, words, (-signal.SIGKILL, 0))
-    demo.command("resume", str(run.path), "--stages", STAGES)
+    demo.killed_and_resumed(FILE, NAME, STAGES)
 
 
 def _knowledge(demo: Demo) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_gen.metrics import results
-from hpc_gen.runtime import env
+from hpc_gen.runtime import clock, env
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, UserError
 from hpc_gen.runtime.journal import attempts, history
 from hpc_gen.runtime.run_folder import RunFolder
@@ -52,6 +54,28 @@ class Demo:
         if code not in codes:
             raise DemoFailed(f"`hpc-gen {' '.join(words)}` ended with code {code}; see its message above", code)
         return code
+
+    def killed_and_resumed(self, file: str, name: str, stages: str) -> None:
+        """Run an experiment, with SIGKILL to all of its processes in the middle of its training, and resume it.
+
+        A run that was killed before is resumed only.
+        """
+        run = self.run_folder(name)
+        words = ("run", str(config_file(file)), "--stages", stages)
+        if run.exists() and len([a for a in attempts(run) if a.stage == "train"]) > 1:
+            if run.report.is_file():
+                self.say(f"done already: {run.path}; its stages say what they find")
+            self.command("resume", str(run.path), "--stages", stages)
+            return
+        process = self.start(*words, new_session=True)
+        while process.poll() is None and not 0 < seen(run) < row_at(run):  # between two checkpoints: something to lose
+            clock.sleep(0.1)
+        if process.poll() is None:
+            lost = f"checkpoint at {seen(run)} images, {row_at(run)} are logged"
+            self.say(f"-- {lost}: SIGKILL to every process of the run")
+            os.killpg(process.pid, signal.SIGKILL)
+        self.expected(process, words, (-signal.SIGKILL, 0))
+        self.command("resume", str(run.path), "--stages", stages)
 
 
 class DemoFailed(HpcGenError):
