@@ -22,7 +22,7 @@ from torch import Tensor
 from hpc_gen.data.index import LABELS, ColumnInfo, ShardInfo, TableIndex
 from hpc_gen.data.mapped import Int64Array
 from hpc_gen.data.ptshard import dtype_name
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.errors import DataError
 from hpc_gen.runtime.pickle_values import Inert, PickleMachine
 
 ENDINGS = (".npy.npz", ".npy")  # of DiM, of U-ViT
@@ -182,10 +182,3 @@ def _dtype(value: Any) -> np.dtype[Any]:
     if dtype.hasobject:
         raise DataError("its pickle holds objects inside objects")
     return dtype
-
-
-def open_features(folder: Path, batch: int) -> FeatureFiles:
-    """`FeatureFiles.open`, with a sentence for a folder that holds none."""
-    if not looks_like_features(folder):
-        raise UserError(f"{folder} has neither 0.npy.npz nor 0.npy, the first of numbered features; check the folder")
-    return FeatureFiles.open(folder, batch)

@@ -27,11 +27,6 @@ class Log:
     script: bool = False
 
 
-def job_log(run: RunFolder, job_id: str) -> Path:
-    """Output of a job's batch script; `job_id` as 12 or 12_3."""
-    return run.logs / f"{job_id}.log"
-
-
 def task_log(run: RunFolder, job_id: str, task: int) -> Path:
     """Output of one process of a job."""
     return run.logs / f"{job_id}_{task}.log"

@@ -207,13 +207,6 @@ class Ranks:
             dist.all_gather_object(boxes, obj, group=group)
         return boxes
 
-    def save_barrier(self) -> None:
-        """Wait for the saving threads of all ranks."""
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.barrier(group=self.save_group)
-
     def open_store(self) -> Any:
         """A connection of its own to the store at which the ranks met (rank 0 holds it). Raises RendezvousError."""
         assert self._meeting is not None, "one rank has no store"

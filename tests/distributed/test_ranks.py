@@ -44,7 +44,6 @@ saved = []
 def save():
     for i in range(20):
         saved.append(ranks.save_all_gather(i))
-        ranks.save_barrier()
 thread = threading.Thread(target=save)
 if ranks.rank == 0:
     thread.start()

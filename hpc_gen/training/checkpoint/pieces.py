@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,47 +52,6 @@ class Pieces:
     def nbytes(self) -> int:
         """Bytes that this rank holds."""
         return sum(box.tensor.nbytes for box in self.boxes)
-
-
-def of_dtensor(tensor: Any) -> Pieces:
-    """This rank's part of a DTensor: one box, or none where it holds nothing or only a copy of another rank's part.
-
-    Shards may be uneven. Of replicas (a mesh axis with a Replicate placement, as HSDP has) the first alone gives boxes.
-    Raises CheckpointError for sums that are still pending, and for a dimension that two mesh axes cut unevenly.
-    """
-    from torch.distributed.tensor import Partial, Replicate
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, mesh, placements = tuple(tensor.shape), tensor.device_mesh, tensor.placements
-    if any(isinstance(placement, Partial) for placement in placements):
-        raise CheckpointError(f"a tensor of shape {shape} holds sums that are not reduced yet; it cannot be saved")
-    _check_even(shape, mesh, placements)
-    coordinate = mesh.get_coordinate()
-    copies = coordinate is None or any(
-        isinstance(placement, Replicate) and place != 0 for placement, place in zip(placements, coordinate, strict=True)
-    )
-    if copies:
-        return Pieces(shape, tensor.dtype, ())
-    local = tensor.to_local().detach()
-    sizes, offsets = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
-    assert tuple(local.shape) == tuple(sizes), (local.shape, sizes)
-    boxes = (Box(tuple(int(offset) for offset in offsets), local),) if local.numel() else ()
-    return Pieces(shape, tensor.dtype, boxes)
-
-
-def _check_even(shape: tuple[int, ...], mesh: Any, placements: Any) -> None:
-    """Two mesh axes on one dimension (FSDP over tensor parallelism) give a rank one box only where they divide it."""
-    parts: dict[int, list[int]] = {}
-    for axis, placement in enumerate(placements):
-        dim = getattr(placement, "dim", None)  # both kinds of shard have one, a replica has none
-        if dim is not None:
-            parts.setdefault(dim, []).append(mesh.size(axis))
-    for dim, ways in parts.items():
-        if len(ways) > 1 and shape[dim] % math.prod(ways):
-            raise CheckpointError(
-                f"a tensor of shape {shape} is cut {' x '.join(map(str, ways))} ways along dimension {dim}, which does "
-                f"not divide {shape[dim]}; choose mesh axes that do"
-            )
 
 
 def of_flat_slice(shape: tuple[int, ...], start: int, flat: Tensor) -> Pieces:
