@@ -48,8 +48,9 @@ test: $(VENV)/.stamp-dev cluster-setup  ## every test; PYTEST_ARGS="-k config" f
 	@mkdir -p build; rm -f build/junit.xml .test-counts.json
 	@$(BIN)/python -m pytest -rs --junitxml=build/junit.xml $(PYTEST_ARGS)
 
-lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict of config and runtime, import contracts
+lint: $(VENV)/.stamp-dev  ## ruff (rules and format), mypy --strict of config and runtime, import contracts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

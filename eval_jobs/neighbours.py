@@ -136,4 +136,3 @@ def _kept(run: RunFolder, index: SampleIndex, images: ReferenceImages) -> dict[s
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or torn: searched again
     return None
-

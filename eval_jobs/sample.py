@@ -54,9 +54,7 @@ class SampleWorker:
 
     stage = "sample"
 
-    def __init__(
-        self, context: StageContext, source: RunFolder | None = None, methods: Methods | None = None
-    ) -> None:
+    def __init__(self, context: StageContext, source: RunFolder | None = None, methods: Methods | None = None) -> None:
         """Fix the plan and write it. Raises UserError, DataError or CheckpointError before any work is done.
 
         `source`: the run that has the checkpoints; None: the one of the context. Sweeps sample another run's, and share

@@ -291,9 +291,7 @@ def doctor(
     end(0 if looking.healthy(checks) else UserError.exit_code)
 
 
-@config_app.command(
-    "show", epilog=example("hpc-gen config show job_configs/demo/mnist16.yaml train.optimizer.lr=1e-4")
-)
+@config_app.command("show", epilog=example("hpc-gen config show job_configs/demo/mnist16.yaml train.optimizer.lr=1e-4"))
 def config_show(
     config: Config,
     overrides: Overrides = None,

@@ -21,9 +21,7 @@ from hpc_gen.cli_parts import (
 )
 from hpc_gen.runtime.errors import UserError, nearest
 
-checkpoints_app = typer.Typer(
-    no_args_is_help=True, help="List, verify, convert and remove the checkpoints of a run."
-)
+checkpoints_app = typer.Typer(no_args_is_help=True, help="List, verify, convert and remove the checkpoints of a run.")
 
 
 @checkpoints_app.command("list", epilog=example("hpc-gen checkpoints list demo-mnist16"))

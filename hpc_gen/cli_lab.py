@@ -59,9 +59,7 @@ def lab_start(
         say(f"would start a lab of {nodes} nodes with {gpus} claimed GPUs each, {sacct} accounting, in {place}")
         say(f"it cannot start: {reason}" if reason else "it can start here")
         end(UserError.exit_code if reason else ExitCode.DONE)
-    lab.start(
-        place, nodes=nodes, gpus=gpus, grace_s=grace_s, port_base=port_base, accounting=accounting, on_line=say
-    )
+    lab.start(place, nodes=nodes, gpus=gpus, grace_s=grace_s, port_base=port_base, accounting=accounting, on_line=say)
     for line in lab.status(place).lines():
         say(line)
 

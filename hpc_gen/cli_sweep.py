@@ -18,9 +18,7 @@ Cluster = Annotated[
     str | None,
     typer.Option("--cluster", "-c", metavar="NAME", help="Submit to Slurm by this profile; without it: here and now."),
 ]
-Setting = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Key of the profile to replace.")
-]
+Setting = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Key of the profile to replace.")]
 
 CANCEL_S = 120.0  # until cancelled jobs are out of the queue
 

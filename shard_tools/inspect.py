@@ -59,9 +59,7 @@ def format_info(facts: dict[str, Any]) -> list[str]:
         lines.append(f"left out  {count:,}: {reason}")
     lines += [f"bad       {line}" for line in facts["bad_images"][:SHOWN_BAD_IMAGES]]
     if len(facts["bad_images"]) > SHOWN_BAD_IMAGES:
-        lines.append(
-            f"bad       ... and {len(facts['bad_images']) - SHOWN_BAD_IMAGES} more (index.json lists all)"
-        )
+        lines.append(f"bad       ... and {len(facts['bad_images']) - SHOWN_BAD_IMAGES} more (index.json lists all)")
     recipe = ", ".join(
         f"{key}={value}" for key, value in facts["recipe"].items() if key not in ("classes", "tokenizer")
     )

@@ -67,9 +67,7 @@ def kept_classes(encode: EncodeConfig, source: Source) -> list[int]:
     return sorted(kept)
 
 
-def row_order(
-    source: Source, split_name: str, classes: list[int], limit: int | None
-) -> npt.NDArray[np.int64]:
+def row_order(source: Source, split_name: str, classes: list[int], limit: int | None) -> npt.NDArray[np.int64]:
     """Items of the split in the order of the table's rows, int64.
 
     Shuffled once, with a fixed seed: sources list class after class, and neither the block shuffle of training nor
@@ -100,9 +98,7 @@ def row_names(source: Source, split_name: str, layout: Layout) -> list[str]:
         if len(set(files)) == len(files):
             return files
     twice = next(file for file, count in Counter(files).items() if count > 1)
-    raise UserError(
-        f"two images of source {source.name!r} would both become {twice}; use encode.format=ptshard"
-    )
+    raise UserError(f"two images of source {source.name!r} would both become {twice}; use encode.format=ptshard")
 
 
 def _own_name(image_id: str, class_name: str) -> str:

@@ -40,18 +40,14 @@ UInt8Array = npt.NDArray[np.uint8]
 def open_source(name: str, folder: Path, background: Sequence[int] = WHITE) -> Source:
     """Open a source by name. Raises UserError when it is unknown or not there, DataError when it is damaged."""
     if name not in SOURCES:
-        raise UserError(
-            f"unknown source {name!r}{nearest(name, SOURCES)}; known: {', '.join(sorted(SOURCES))}"
-        )
+        raise UserError(f"unknown source {name!r}{nearest(name, SOURCES)}; known: {', '.join(sorted(SOURCES))}")
     if not (folder.is_dir() or (name in ARCHIVES and folder.is_file())):
         fix = f"run: hpc-gen shards fetch {name}" if name in FETCHED else "check encode.source_path"
         raise UserError(f"source {name!r}: there is no {'file or ' if name in ARCHIVES else ''}folder {folder}; {fix}")
     source = SOURCES[name](folder, background)
     for split_name, split in source.splits.items():
         if not len(split):
-            raise UserError(
-                f"source {name!r}: {folder} has no images for the split {split_name!r}; check the folder"
-            )
+            raise UserError(f"source {name!r}: {folder} has no images for the split {split_name!r}; check the folder")
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= source.num_classes:
             raise DataError(
@@ -79,9 +75,7 @@ def read_idx(path: Path) -> UInt8Array:
     sizes = struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes]) if len(data) >= 4 + 4 * axes else ()
     array = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * axes))
     if not sizes or array.size != int(np.prod(sizes, dtype=np.int64)):
-        raise DataError(
-            f"{path} has {array.size} bytes of data for the shape {sizes}; it is cut short: fetch it again"
-        )
+        raise DataError(f"{path} has {array.size} bytes of data for the shape {sizes}; it is cut short: fetch it again")
     return array.reshape(sizes)
 
 
@@ -122,9 +116,7 @@ def _open_cifar10(folder: Path, background: Sequence[int]) -> Source:
         for name in group:
             data = np.fromfile(folder / name, np.uint8)
             if not data.size or data.size % (1 + CIFAR_BYTES):
-                raise DataError(
-                    f"{folder / name} has {data.size} bytes, not a multiple of 3073; fetch cifar10 again"
-                )
+                raise DataError(f"{folder / name} has {data.size} bytes, not a multiple of 3073; fetch cifar10 again")
             parts.append(data.reshape(-1, 1 + CIFAR_BYTES))
         records = np.concatenate(parts)
         content.update(records.tobytes())

@@ -97,9 +97,7 @@ class Status:
             text.append(f"  ended: {', '.join(dead)}; logs in {self.directory / 'log'}")
         text += [f"  {name}  {state}" for name, state in self.nodes.items()]
         if self.running:
-            text.append(
-                "  jobs: " + (", ".join(f"{count} {state}" for state, count in self.jobs.items()) or "none")
-            )
+            text.append("  jobs: " + (", ".join(f"{count} {state}" for state, count in self.jobs.items()) or "none"))
             text.append(f"  use it:  . {shlex.quote(str(self.directory / 'env'))}")
         return text
 
@@ -234,20 +232,14 @@ def status(directory: Path) -> Status:
 def free_port_base(nodes: int, first: int = DEFAULT_PORT_BASE) -> int:
     """The first port base, counting up in hundreds, whose ports are all free. Raises UserError."""
     for base in range(first, 32000, 100):  # below the ports the kernel gives out by itself
-        if all(
-            _is_free(port) for port in (base + 1, base + 2, base + 3, *range(base + 11, base + 11 + nodes))
-        ):
+        if all(_is_free(port) for port in (base + 1, base + 2, base + 3, *range(base + 11, base + 11 + nodes))):
             return base
-    raise UserError(
-        f"no free ports for a Slurm lab between {first} and 32000; stop what uses them or give a port base"
-    )
+    raise UserError(f"no free ports for a Slurm lab between {first} and 32000; stop what uses them or give a port base")
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # ports of a lab that has just ended are free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ports of a lab that has just ended are free
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

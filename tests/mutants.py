@@ -232,6 +232,55 @@ MUTANTS = (
         "",
         ("tests/unit/test_slurm_task.py", "-k", "start_up"),
     ),
+    Mutant(
+        "a coin of its own for the snippet",
+        "hpc_gen/methods/gmem/objective.py",
+        'drawn_B = draws[coin] if coin in draws else draws["flip"]\n',
+        'drawn_B = draws[coin] if coin in draws else 1 - draws["flip"] if coin != "flip" else draws["flip"]\n',
+        ("tests/unit/test_gmem.py", "-k", "coin"),
+    ),
+    Mutant(
+        "Heun's second slope at the first time",
+        "hpc_gen/diffusion/flow_solvers.py",
+        "second = velocity(x + step * first, _times(there, x))",
+        "second = velocity(x + step * first, _times(here, x))",
+        ("tests/unit/test_flow.py",),
+    ),
+    Mutant(
+        "rows of a block by their place in the order",
+        "hpc_gen/data/ordered.py",
+        "begin, stop = first - self._first, end - self._first\n",
+        "begin, stop = first, end\n",
+        ("tests/unit/test_ordered.py",),
+    ),
+    Mutant(
+        "the block that follows is not announced",
+        "hpc_gen/data/ordered.py",
+        "            self._table.announce(self._next[1])\n",
+        "",
+        ("tests/unit/test_packed.py", "-k", "announced"),
+    ),
+    Mutant(
+        "pictures that arrived are sent again",
+        "hpc_gen/runtime/tracking_media.py",
+        "        if path.is_dir():\n            commit.remove_tree(path)\n",
+        "        pass\n",
+        ("tests/unit/test_tracking_rows.py",),
+    ),
+    Mutant(
+        "nobody is preempted where the controller is silent",
+        "slurm/steer.py",
+        '            commit.write_text(run.preempt_file, "hpc-gen preempt\\n")\n        return True\n',
+        "            pass\n        return True\n",
+        ("tests/unit/test_slurm_watch.py", "-k", "preempt"),
+    ),
+    Mutant(
+        "official weights of another shape",
+        "hpc_gen/methods/official.py",
+        "        if flat[name].shape != value.shape:\n",
+        "        if flat[name].ndim != value.ndim:\n",
+        ("tests/unit/test_gmem.py", "tests/unit/test_energy_weights.py"),
+    ),
 )
 
 
@@ -240,7 +289,13 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     argv = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     done = subprocess.run(
-        argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
+        argv,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
     )
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     return done.returncode, lines[-1] if lines else "no output"
@@ -266,7 +321,10 @@ def turns_red(mutant: Mutant) -> bool:
         text = path.read_text()
         found = text.count(mutant.old)
         if found != 1:
-            print(f"STALE    {mutant.name}: its text stands {found} times in {mutant.file}; update tests/mutants.py", flush=True)
+            print(
+                f"STALE    {mutant.name}: its text stands {found} times in {mutant.file}; update tests/mutants.py",
+                flush=True,
+            )
             return False
         path.write_text(text.replace(mutant.old, mutant.new))
         code, last = run_tests(root, mutant.tests)

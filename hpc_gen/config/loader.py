@@ -161,9 +161,7 @@ def diff(a: Resolved, b: Resolved) -> list[tuple[str, Any, Any]]:
 
 def identity_diff(a: Resolved, b: Resolved, sections: Sequence[str]) -> list[tuple[str, Any, Any]]:
     """`diff` over the identity part of the named sections: what makes `identity_of` of them differ."""
-    left, right = (
-        dict(_leaves({name: split(each.experiment)[0][name] for name in sections}, "")) for each in (a, b)
-    )
+    left, right = (dict(_leaves({name: split(each.experiment)[0][name] for name in sections}, "")) for each in (a, b))
     names = list(left) + [name for name in right if name not in left]
     return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
 

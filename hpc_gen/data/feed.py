@@ -167,9 +167,7 @@ class Feed:
                 return self._queue.get(timeout=POLL_S)
             except queue.Empty:
                 # A fork copies the queue but not the thread: waiting on would be for ever.
-                assert self._thread.is_alive() or not self._queue.empty(), (
-                    "the feed's thread is gone (a fork?)"
-                )
+                assert self._thread.is_alive() or not self._queue.empty(), "the feed's thread is gone (a fork?)"
 
     def close(self) -> None:
         """Stop the thread and wait for it; safe to call twice."""
@@ -237,8 +235,7 @@ class Feed:
                 draws[purpose][name] = drawn
                 per_group.append((drawn, draw.per == "group"))
         micro_batches = [
-            self._cut(begin, positions, rows, batch, draws)
-            for begin in range(0, plan.share, plan.micro_batch)
+            self._cut(begin, positions, rows, batch, draws) for begin in range(0, plan.share, plan.micro_batch)
         ]
         return Iteration(images_seen, micro_batches, _digest(positions, rows, per_group, plan.coupling_group))
 
@@ -270,9 +267,7 @@ class Feed:
         )
 
 
-def _digest(
-    positions: Int64Array, rows: Int64Array, drawn: Sequence[tuple[Tensor, bool]], coupling_group: int
-) -> int:
+def _digest(positions: Int64Array, rows: Int64Array, drawn: Sequence[tuple[Tensor, bool]], coupling_group: int) -> int:
     """Sum modulo 2**64 of an 8-byte blake2b per sample over (position, row, its draws), little-endian.
 
     A draw of a group is hashed once, with the group's first sample.

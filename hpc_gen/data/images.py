@@ -40,18 +40,14 @@ def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
         raise
     except UnidentifiedImageError as error:  # its text names an address in memory, another one every time
         raise DataError("not a readable image (of no known format); replace the file or remove it") from error
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
         raise DataError(f"not a readable image ({error}); replace the file or remove it") from error
 
 
 def to_rgb(image: Image.Image, background: Sequence[int] = WHITE) -> Image.Image:
     """Any 8-bit image as RGB, transparency composited on `background`. Raises DataError for deeper ones."""
     if image.mode in _DEEP_MODES:
-        raise DataError(
-            f"image mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits first"
-        )
+        raise DataError(f"image mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits first")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         red, green, blue = background
         canvas = Image.new("RGBA", image.size, (red, green, blue, 255))

@@ -97,8 +97,7 @@ class TableIndex:
             "identity": self.identity,
             "rows": self.rows,
             "columns": {
-                name: {"dtype": column.dtype, "shape": list(column.shape)}
-                for name, column in self.columns.items()
+                name: {"dtype": column.dtype, "shape": list(column.shape)} for name, column in self.columns.items()
             },
             "shards": [asdict(shard) for shard in self.shards],
             "num_classes": self.num_classes,
@@ -127,15 +126,11 @@ class TableIndex:
             raise DataError(f"{path} cannot be read as an index ({error}); write the table again") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             found = document.get("format") if isinstance(document, dict) else type(document).__name__
-            raise DataError(
-                f"{path} is not an index of format {FORMAT!r} (found {found!r}); write the table again"
-            )
+            raise DataError(f"{path} is not an index of format {FORMAT!r} (found {found!r}); write the table again")
         try:
             index = cls._from_json(document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{path} lacks or misstates a field ({error!r}); write the table again"
-            ) from error
+            raise DataError(f"{path} lacks or misstates a field ({error!r}); write the table again") from error
         for claim in ("rows", "identity"):
             if document.get(claim) != getattr(index, claim):
                 raise DataError(

@@ -61,9 +61,7 @@ class JoinedTable(Table):
         """As `Table.plan`, of every table that has one of the columns."""
         self._check_columns(columns)
         if rows.min() < 0 or rows.max() >= self.rows:
-            raise DataError(
-                f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}"
-            )
+            raise DataError(f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}")
         plans: list[RowReads] = []
         for number, part in enumerate(self._parts):
             wanted = [name for name in columns if self._part_of[name] == number]
@@ -134,9 +132,7 @@ def open_joined(folder: Path) -> JoinedTable:
     return _joined(folder, tables, [columns for _, _, columns in entries], by)
 
 
-def join(
-    folder: Path, tables: Sequence[Path], trust_order: bool = False, dry_run: bool = False
-) -> JoinedTable:
+def join(folder: Path, tables: Sequence[Path], trust_order: bool = False, dry_run: bool = False) -> JoinedTable:
     """Write `folder/join.json` for these tables, the first one giving the order; returns the joined table.
 
     Rows meet by `row_id` where all have that column, else by number: then labels, and what the recipes say of the

@@ -55,9 +55,7 @@ class BlockShuffle:
     def rows(self, positions: npt.NDArray[np.int64]) -> Int64Array:
         """Row of each position, int64 [n]; positions may come in any order and cross epochs."""
         positions = np.asarray(positions, dtype=np.int64)
-        assert positions.ndim == 1 and (positions.size == 0 or positions.min() >= 0), (
-            "positions are 0 or more"
-        )
+        assert positions.ndim == 1 and (positions.size == 0 or positions.min() >= 0), "positions are 0 or more"
         epochs, places = np.divmod(positions, self.num_rows)
         rows = np.empty_like(positions)
         for epoch_number in np.unique(epochs).tolist():

@@ -47,9 +47,7 @@ def num_rows(columns: Mapping[str, Tensor], where: str) -> int:
     """Rows of a shard; raises DataError when the columns disagree or there are none. `where` names it in errors."""
     counts = {name: (t.shape[0] if t.ndim else 0) for name, t in columns.items()}
     if not counts or min(counts.values()) < 1 or len(set(counts.values())) != 1:
-        raise DataError(
-            f"{where}: columns must have one and the same number of rows, at least 1, got {counts}"
-        )
+        raise DataError(f"{where}: columns must have one and the same number of rows, at least 1, got {counts}")
     return next(iter(counts.values()))
 
 
@@ -107,18 +105,14 @@ def open_shard(
     check_size(path, num_bytes, says)
     try:
         shard: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and OSError for damaged files
         raise unreadable(path, error) from error
     if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
         raise DataError(f"shard {path} is not a dict of tensors; encode the table again")
     check_columns(path, shard, columns or {}, says)
     found = num_rows(shard, f"shard {path}")
     if rows is not None and found != rows:
-        raise DataError(
-            f"shard {path} has {found} rows, {says} {rows}; restore it or encode the table again"
-        )
+        raise DataError(f"shard {path} has {found} rows, {says} {rows}; restore it or encode the table again")
     return shard
 
 
@@ -131,9 +125,7 @@ def check_size(path: Path, num_bytes: int | None, says: str = "the index says") 
             f"shard {path} cannot be opened ({error.strerror}); restore it or encode the table again"
         ) from error
     if num_bytes is not None and size != num_bytes:
-        raise DataError(
-            f"shard {path} has {size} bytes, {says} {num_bytes}; restore it or encode the table again"
-        )
+        raise DataError(f"shard {path} has {size} bytes, {says} {num_bytes}; restore it or encode the table again")
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
@@ -146,9 +138,7 @@ def check_columns(path: Path, shard: Mapping[str, Tensor], columns: Mapping[str,
     """Raise DataError when a column of `columns` is missing in a shard, or of another dtype or shape than `says`."""
     for name, expected in columns.items():
         if name not in shard:
-            raise DataError(
-                f"shard {path} has no column {name!r} (it has {sorted(shard)}); encode the table again"
-            )
+            raise DataError(f"shard {path} has no column {name!r} (it has {sorted(shard)}); encode the table again")
         tensor = shard[name]
         found = ColumnInfo(dtype_name(tensor.dtype), tuple(tensor.shape[1:]))
         if found != expected:

@@ -32,9 +32,7 @@ class ChannelSums:
     @classmethod
     def of(cls, column: Tensor) -> ChannelSums:
         """Sums of [N, C, ...] over all axes but the second. uint8 sums are exact integers."""
-        values = (
-            column.reshape(column.shape[0], column.shape[1], -1).transpose(0, 1).reshape(column.shape[1], -1)
-        )
+        values = column.reshape(column.shape[0], column.shape[1], -1).transpose(0, 1).reshape(column.shape[1], -1)
         exact = not column.dtype.is_floating_point
         values = values.to(torch.int64 if exact else torch.float64)
         return cls(values.shape[1], tuple(values.sum(1).tolist()), tuple((values * values).sum(1).tolist()))

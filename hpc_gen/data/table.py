@@ -89,9 +89,7 @@ class Table:
         """The index's identity hash."""
         return self.index.identity
 
-    def read(
-        self, rows: npt.NDArray[np.int64] | Tensor | Sequence[int], columns: Sequence[str]
-    ) -> dict[str, Tensor]:
+    def read(self, rows: npt.NDArray[np.int64] | Tensor | Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
         """Rows [n] of the named columns: {column: Tensor [n, ...]} in the order asked; rows may repeat.
 
         Raises DataError for an unknown column, a row outside the table, or a shard that is not what the index says.
@@ -113,18 +111,14 @@ class Table:
             if planned is not None:
                 return planned
         if rows.min() < 0 or rows.max() >= self.rows:
-            raise DataError(
-                f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}"
-            )
+            raise DataError(f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}")
         return _PlannedFiles(self, rows, tuple(columns))
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         for name in columns:
             if name not in self.index.columns:
                 valid = sorted(self.index.columns)
-                raise DataError(
-                    f"table {self.folder} has no column {name!r}{nearest(name, valid)}; it has {valid}"
-                )
+                raise DataError(f"table {self.folder} has no column {name!r}{nearest(name, valid)}; it has {valid}")
 
     def read_files(self, wanted: Int64Array, columns: Sequence[str]) -> dict[str, Tensor]:
         """As `read`, where each row is a file of its own."""

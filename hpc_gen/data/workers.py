@@ -61,9 +61,7 @@ class _Starts:
         return self._starts
 
 
-def in_workers(
-    prepare: Callable[[int], Item], plan: WorkerPlan, starts: Iterator[int]
-) -> Generator[Item, None, None]:
+def in_workers(prepare: Callable[[int], Item], plan: WorkerPlan, starts: Iterator[int]) -> Generator[Item, None, None]:
     """`prepare(start)` of each start, in order, computed by `plan.workers` forked processes; closing it ends them.
 
     The processes begin at once, so call it in the main thread, before other threads work on what `prepare` uses.

@@ -226,9 +226,7 @@ def _parse(lines: list[bytes]) -> list[Any]:
 class Reader:
     """Reads a journal again and again at the cost of what is new; `stage`, `task`: only files of these."""
 
-    def __init__(
-        self, run: RunFolder, stage: str | None = None, task: int | None = None, *, below: str = ""
-    ) -> None:
+    def __init__(self, run: RunFolder, stage: str | None = None, task: int | None = None, *, below: str = "") -> None:
         """Nothing is read yet. `below`: a folder in the journal's, as in Journal."""
         self._folder, self._stage, self._task = run.journal / below, stage, task
         self._files: dict[str, _File] = {}

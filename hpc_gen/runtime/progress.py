@@ -147,9 +147,7 @@ class Progress:
         )
         self._bar = RichProgress(*columns, console=Console(file=self._stream), transient=False)
         self._bar.start()
-        self._task = self._bar.add_task(
-            self.label, total=self.total, completed=self.done, unit=self.unit, tail=""
-        )
+        self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, unit=self.unit, tail="")
 
 
 def _format_field(value: object) -> str:

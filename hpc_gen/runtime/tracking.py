@@ -172,9 +172,7 @@ class WandbMirror:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-            self._report(
-                f"rows did not go out in {wait_s:.0f} s; publishing again later sends what is missing"
-            )
+            self._report(f"rows did not go out in {wait_s:.0f} s; publishing again later sends what is missing")
         self._reap()
 
     def _reap(self) -> None:
@@ -344,8 +342,7 @@ class _Publisher:
             # Rows may have reached the server that we cannot see or take back: only a new id is exact.
             run_id = self._new_id()
             print(
-                f"wandb: what was released as {marker.run_id} cannot be continued; "
-                "the history goes to a new wandb run",
+                f"wandb: what was released as {marker.run_id} cannot be continued; the history goes to a new wandb run",
                 file=sys.stderr,
             )
         self._handle = self._init(run_id)

@@ -303,4 +303,3 @@ def _do_unit(
 
 
 __all__ = ["launch_stage", "load_run", "make_worker", "plan", "prepare_run", "run_stage", "run_stages"]
-

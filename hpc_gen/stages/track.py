@@ -102,4 +102,3 @@ def _newest_checkpoint(run: RunFolder) -> int | None:
         except HpcGenError:
             continue  # not whole: `checkpoints verify` names it
     return None
-

@@ -133,9 +133,7 @@ def load_strict(model: nn.Module, flat: Mapping[str, Tensor], source: Any, wante
         value.copy_(flat[name])
 
 
-def check_strict(
-    own: Mapping[str, Tensor], flat: Mapping[str, Tensor], source: Any, wanted: str, advice: str
-) -> None:
+def check_strict(own: Mapping[str, Tensor], flat: Mapping[str, Tensor], source: Any, wanted: str, advice: str) -> None:
     """Raise DataError naming `source`, the keys, and `advice` (what to change) unless `flat` fits a network's `own`.
 
     Every key must be there and no more, in the right shape, with finite values. `own` may lie on the meta device.

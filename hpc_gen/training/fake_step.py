@@ -128,9 +128,7 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _as_engine(
-    method: Method, roles: Mapping[str, nn.Module], config: TrainConfig, seen: torch.dtype | None
-) -> None:
+def _as_engine(method: Method, roles: Mapping[str, nn.Module], config: TrainConfig, seen: torch.dtype | None) -> None:
     """What engines do to networks and changes bytes."""
     prepare_blocks(method, roles, config.engine.model_copy(update={"compile": None}))
     for role, module in roles.items():

@@ -95,7 +95,12 @@ def _table(found: dict[str, Any], committed: list[dict[str, Any]], settings: Set
     add("of it, copy to the host buffers (stall_s in the journal)", booked, booked.over(copy).show())
     add("one memcpy of the rank's share", copy, "1.00")
     first = Spread.of([found["first_stall_s"]])
-    table.add("first save of an attempt (its buffers were made during the steps before)", f"{1e3 * first.values[0]:.1f}", "-", "-")
+    table.add(
+        "first save of an attempt (its buffers were made during the steps before)",
+        f"{1e3 * first.values[0]:.1f}",
+        "-",
+        "-",
+    )
     add("write in the background (write_s): DCP, SHA-256, fsync, manifest, rename", write, write.over(plain).show())
     add("torch.save of the share, fsync (synchronous, no hash)", plain, "1.00")
     return table

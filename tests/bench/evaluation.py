@@ -57,7 +57,9 @@ def _whole(folder: Path, images: int, rounds: int) -> Table:
     toy_run.do_units(run, made)
     made.finish()
     (folder / "real").mkdir()
-    pixels = torch.randint(0, 256, (images, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (images, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
+    )
     for i, image in enumerate(pixels):
         (folder / "real" / f"{i:05d}.png").write_bytes(png_bytes(image))
 
@@ -115,7 +117,9 @@ def _second(folder: Path, images: int, rounds: int) -> Table:
         spec = extractor_spec(name, name, sha256, folder)
         network: Any = spec.build()
         assert isinstance(network, NetworkExtractor)
-        pixels = torch.randint(0, 256, (images, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 256, (images, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+        )
         look = Look(MAIN, spec, ("fid",), None, network)
         names = [str(i) for i in range(images)]
 

@@ -149,7 +149,9 @@ def _sampling(quick: bool) -> Table:
     @torch.no_grad()
     def one_by_one() -> None:
         for i in range(images):
-            alone = guided_velocity(method.model, snippet[i : i + 1], torch.zeros(1, snippet.shape[1]), settings.guidance)
+            alone = guided_velocity(
+                method.model, snippet[i : i + 1], torch.zeros(1, snippet.shape[1]), settings.guidance
+            )
             _double_calls(alone, x[i : i + 1], points, noise[:, i : i + 1])
 
     evaluations = {}

@@ -80,7 +80,9 @@ def _formats(folder: Path, columns: dict[str, Tensor], rows: int, rounds: int) -
     first = next(iter(ways))
     for name in ways:
         rate = found[name].per(1.0).show("{:,.0f}")
-        result.add(name, rate, found[limit].over(found[name]).show("{:.3f}"), found[first].over(found[name]).show("{:.3f}"))
+        result.add(
+            name, rate, found[limit].over(found[name]).show("{:.3f}"), found[first].over(found[name]).show("{:.3f}")
+        )
     return result
 
 
@@ -139,7 +141,9 @@ def _from_memory(folder: Path, moments: Tensor) -> Callable[[], Iterator[Tensor]
     return way
 
 
-def _peers(folder: Path, columns: dict[str, Tensor], rows: int) -> tuple[dict[str, Callable[[], Iterator[Tensor]]], str]:
+def _peers(
+    folder: Path, columns: dict[str, Tensor], rows: int
+) -> tuple[dict[str, Callable[[], Iterator[Tensor]]], str]:
     """Other ways, and a sentence on those that are not here."""
     ways = {
         "peer: a .npz per sample (MAR, DiM)": _npz(folder / "npz", columns),

@@ -59,7 +59,9 @@ def test_two_ranks_agree_with_one(warm: WarmRanks, space: Workspace, two_ranks: 
     assert float(weights["model/denoiser/alpha"]) != pytest.approx(0.05, abs=1e-4)  # it has learned
     for name, tensor in expected_weights.items():
         if name.startswith("model/"):
-            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                weights[name], tensor, rtol=0, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
     unused = [name for name in weights if name.startswith("model/") and "final_layer" in name]
     assert unused and all(torch.equal(weights[name], first[name]) for name in unused)  # never reached, never decayed
 

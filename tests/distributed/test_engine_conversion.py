@@ -70,7 +70,9 @@ def test_a_training_that_changes_engine_at_every_step_is_that_of_one_process(
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         if not name.startswith("train/window"):
-            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_every_engine_writes_the_same_names_shapes_and_types(legs: list[RunFolder]) -> None:
@@ -78,7 +80,8 @@ def test_every_engine_writes_the_same_names_shapes_and_types(legs: list[RunFolde
     assert [info.world_size for info in found] == [ranks for _, ranks in TOUR]
     assert [info.engine for info in found] == [engine.partition(" ")[0] for engine, _ in TOUR]
     kinds = [
-        {name: kind for name, kind in storage.keys(info.path).items() if not name.startswith("train/")} for info in found
+        {name: kind for name, kind in storage.keys(info.path).items() if not name.startswith("train/")}
+        for info in found
     ]
     assert all(each == kinds[0] for each in kinds)
     for info in found:

@@ -72,7 +72,10 @@ def test_fp16_trains_under_a_loss_scale_that_resumes_with_it(found: dict[str, An
 
 
 def test_fp16_is_refused_where_there_is_none(found: dict[str, Any]) -> None:
-    assert "train.engine.param_dtype = fp16, but deepspeed has no fp16 on this cpu; remove it" in found["no half"]["sentence"]
+    assert (
+        "train.engine.param_dtype = fp16, but deepspeed has no fp16 on this cpu; remove it"
+        in found["no half"]["sentence"]
+    )
 
 
 @pytest.mark.parametrize("name", named("guard"))

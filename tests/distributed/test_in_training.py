@@ -65,9 +65,7 @@ def assert_as_alone(run: RunFolder, alone: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_same_on_any_number_of_ranks(
-    shelf: Workspace, warm: WarmRanks, alone: RunFolder, world_size: int
-) -> None:
+def test_the_same_on_any_number_of_ranks(shelf: Workspace, warm: WarmRanks, alone: RunFolder, world_size: int) -> None:
     """4 ranks have fewer batches than ranks: some make padding only."""
     run = shelf.run(f"ranks{world_size}", *STILL)
     assert warm.train(run, world_size) == [0] * world_size, output(run)
@@ -92,7 +90,10 @@ def test_a_stop_of_one_rank_is_taken_by_all_and_made_up_for(
     codes = warm.train(run, 2, fault={"name": "stop at poll", "rank": 1, "poll": poll})
     assert codes == [ExitCode.REQUEUE] * 2, output(run)
     cut = events(run, "cut_short")
-    assert {(event.task, event.fields["what"], event.fields["images_seen"]) for event in cut} == {(0, what, 16), (1, what, 16)}
+    assert {(event.task, event.fields["what"], event.fields["images_seen"]) for event in cut} == {
+        (0, what, 16),
+        (1, what, 16),
+    }
     assert [Path(path).name for path in run.checkpoints.iterdir()] == [f"{16:012d}"]
     assert experiments.rows(run) == []
     assert warm.train(run, 4) == [0] * 4, output(run)

@@ -98,7 +98,9 @@ if ranks.rank == 0:
 """
 
 
-def run(tmp_path: Path, world_size: int, engine: dict[str, Any], variant: str) -> tuple[dict[str, int], list[dict[str, int]]]:
+def run(
+    tmp_path: Path, world_size: int, engine: dict[str, Any], variant: str
+) -> tuple[dict[str, int], list[dict[str, int]]]:
     """The plan, and what each rank held."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -62,7 +62,10 @@ def test_a_damaged_table_then_a_whole_one(shell: Shell) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     said = shell("run", "tiny.yaml", code=ExitCode.DATA)
-    assert f"{path.name} has {len(whole) - 9} bytes, the index says {len(whole)}; restore it or encode the table again" in said
+    assert (
+        f"{path.name} has {len(whole) - 9} bytes, the index says {len(whole)}; restore it or encode the table again"
+        in said
+    )
     assert path.name in shell("shards", "verify", TABLE, code=ExitCode.DATA)
     path.write_bytes(whole)
     shell("run", "tiny.yaml")

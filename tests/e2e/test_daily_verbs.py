@@ -94,7 +94,10 @@ def test_fork_compare_and_gc(shell: Shell) -> None:
     leftover.mkdir()
     os.utime(leftover, (1e9, 1e9))
     said = shell("gc", "tiny", "--dry-run")
-    assert "tiny: would remove unfinished writes of killed attempts: 1," in said and len(read.list_checkpoints(shell.run("tiny"))) == 4
+    assert (
+        "tiny: would remove unfinished writes of killed attempts: 1," in said
+        and len(read.list_checkpoints(shell.run("tiny"))) == 4
+    )
     shell("resume", "tiny", "train.keep_last=1", "--stages", "train")
     shell("gc", "tiny")
     assert [path.name for path in shell.run("tiny").checkpoints.iterdir()] == [newest]

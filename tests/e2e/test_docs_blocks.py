@@ -65,7 +65,10 @@ def test_a_command_that_does_not_exist_would_be_seen(words: list[str]) -> None:
 
 
 def test_a_block_that_fails_would_be_seen(tmp_path: Path) -> None:
-    runs: list[tuple[Callable[[Path, str], str], str]] = [(pages.run_shell, "true\nfalse\ntrue\n"), (pages.run_python, "1/0")]
+    runs: list[tuple[Callable[[Path, str], str], str]] = [
+        (pages.run_shell, "true\nfalse\ntrue\n"),
+        (pages.run_python, "1/0"),
+    ]
     for run, text in runs:
         with pytest.raises(AssertionError, match="ended with 1"):
             run(tmp_path, text)
@@ -76,4 +79,6 @@ def test_every_language_is_known() -> None:
     known = {*pages.RUN, "text", "yaml", "json"}
     for page in pages.PAGES:
         for block in pages.blocks(page):
-            assert block.language in known, f"{page.name}:{block.line}: a block of language '{block.language}'; known: {known}"
+            assert block.language in known, (
+                f"{page.name}:{block.line}: a block of language '{block.language}'; known: {known}"
+            )

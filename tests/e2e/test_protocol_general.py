@@ -28,7 +28,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with one table that serves all toys; children find the toys on PYTHONPATH."""
     generator = torch.Generator().manual_seed(3)
     code = torch.randn(ROWS, 3, generator=generator)
-    pixels = ((torch.tanh(code @ torch.randn(3, 16, generator=generator)) + 1) * 127).to(torch.uint8).view(ROWS, 1, 4, 4)
+    pixels = (
+        ((torch.tanh(code @ torch.randn(3, 16, generator=generator)) + 1) * 127).to(torch.uint8).view(ROWS, 1, 4, 4)
+    )
     tokens = torch.randint(0, 3, (ROWS, 1), generator=generator).repeat(1, 16)
     tokens[:, 1::2] = (tokens[:, 1::2] + 1) % 3  # alternating, so the next token can be learnt
     write_table(tmp_path / "tables" / "toy", {"pixels": pixels, "code": code, "tokens": tokens}, shard_rows=64)

@@ -39,7 +39,9 @@ def test_the_shards_of_gmem(folder: Path, tmp_path: Path) -> None:
     assert len(wanted) == 7 and all(torch.equal(found[name], wanted[name]) for name in wanted)
     golden = load_file(folder.parent / "latent_dataset.safetensors")
     for item, row in enumerate(golden["in.item_index"].tolist()):
-        latent, snippet, token = ("" if plain else "_flip" for plain in golden["in.use_unflipped(latent,repr,cls)"][item])
+        latent, snippet, token = (
+            "" if plain else "_flip" for plain in golden["in.use_unflipped(latent,repr,cls)"][item]
+        )
         assert found[LABELS][row] == golden[f"out.item{item}.label"]
         assert torch.equal(found[f"representations{snippet}"][row], golden[f"out.item{item}.repr"])
         assert torch.equal(found[f"cls_tokens{token}"][row], golden[f"out.item{item}.cls"])

@@ -163,7 +163,9 @@ def test_scripts_are_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed; apt-get install shellcheck")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed; apt-get install shellcheck"
+)
 @pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script: Path) -> None:
     subprocess.run(["shellcheck", "-x", "-S", "warning", str(script)], check=True)
@@ -203,7 +205,9 @@ def test_the_commands(lab: Lab) -> None:
         assert started.returncode == 0 and f"lab in {place}: running" in started.stdout, started.stderr
         found = json.loads(command("status", *where, "--json").stdout)
         assert found["running"] and list(found["nodes"].values()) == ["idle"] and all(found["daemons"].values())
-        assert "would stop it, 0 jobs end, its folder is removed" in command("stop", *where, "--purge", "--dry-run").stdout
+        assert (
+            "would stop it, 0 jobs end, its folder is removed" in command("stop", *where, "--purge", "--dry-run").stdout
+        )
         assert command("status", *where).returncode == 0
     finally:
         stopped = command("stop", *where, "--purge")

@@ -161,9 +161,7 @@ def test_stopped_twice_and_still_the_same(lab: Lab, workspace: Path, until: Unti
     second = SrunJob(lab, workspace, run, "second").begin()
     second.wait_for_training(2, until)
     submitted = time.monotonic()
-    lab.run(
-        ["srun", "-p", "high", "-N4", "--exclusive", "true"]
-    )  # all nodes: it needs those of the second attempt
+    lab.run(["srun", "-p", "high", "-N4", "--exclusive", "true"])  # all nodes: it needs those of the second attempt
     waited_s = time.monotonic() - submitted
     second.end(ExitCode.REQUEUE)
     second_stop = saved_by_all(run, 2)

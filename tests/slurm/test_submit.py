@@ -61,7 +61,9 @@ def test_a_whole_experiment_is_what_it_is_on_one_machine(scene: Scene) -> None:
     assert (there.marks / "whole" / "failed.encode.1").exists()
     for stage in ("encode", "sample", "evaluate", "report"):
         assert scenes.committed_twice(run, stage) == []
-    hosts = {event.fields["host"] for event in journal.read(run) if event.kind == "attempt_start" and event.stage == "train"}
+    hosts = {
+        event.fields["host"] for event in journal.read(run) if event.kind == "attempt_start" and event.stage == "train"
+    }
     assert len(hosts) == 2 and run.report.is_file()
 
     assert scenes.digests(run) == scenes.digests(twin)

@@ -43,7 +43,12 @@ ENERGY = STANDARD.replace(
     "step_size: 0.05, step_size_lr_scale: 10.0, contrastive_weight: 0.05}}",
 )
 # imported once, not by every rank of every attempt
-WARM = ("deepspeed", "hpc_gen.training.engines.deepspeed", "megatron.core.tensor_parallel.layers", "torch.distributed.fsdp")
+WARM = (
+    "deepspeed",
+    "hpc_gen.training.engines.deepspeed",
+    "megatron.core.tensor_parallel.layers",
+    "torch.distributed.fsdp",
+)
 VARIANTS = {"standard": STANDARD, "energy": ENERGY}
 SIZES = (1, 2, 4)
 END = "000000000128"

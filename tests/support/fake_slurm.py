@@ -60,7 +60,9 @@ class FakeSlurm:
     def answer(self, name: str, text: str, code: int = 0) -> None:
         """What a program prints (on stderr when it fails) and returns from now on."""
         (self.root / f"{name}.txt").write_text(text)
-        version = 'if [ "$1" = --version ]; then echo "slurm 23.11.4"; exit; fi\n' if name == "sinfo" and not code else ""
+        version = (
+            'if [ "$1" = --version ]; then echo "slurm 23.11.4"; exit; fi\n' if name == "sinfo" and not code else ""
+        )
         self._write(name, f'{version}cat "$root/{name}.txt" {">&2" if code else ""}\nexit {code}')
 
     def refuse(self, text: str) -> None:

@@ -88,9 +88,7 @@ class Driver:
             folder.mkdir(parents=True)
         return run
 
-    def attempt(
-        self, run: RunFolder, ranks: int, end: int, who: str = "", at: int = 0
-    ) -> tuple[bool, list[Operation]]:
+    def attempt(self, run: RunFolder, ranks: int, end: int, who: str = "", at: int = 0) -> tuple[bool, list[Operation]]:
         """One attempt; whether the planned kill happened, and the operations of rank 0. `who` of FULL: no kill."""
         self.trials += 1
         scratch = self.folder / "scratch" / str(self.trials)

@@ -30,7 +30,25 @@ PARSED = ("cluster", "long", "files")
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 
 # the demo, but for its length and for weights of metrics that would have to be downloaded
-SHORT = ["train.total_images=1280", "train.save_every=640", "train.keep_every=640", "train.schedule.warmup_images=320", "train.validate=null", "train.preview=null", "sample.num_images=20", "sample.block_images=10", "sample.batch=10", "sample.tasks=1", "sample.settings.steps=3", "evaluate.extractor.name=random-conv", "evaluate.metrics=[fid]", "evaluate.reference.rows=32", "evaluate.tasks=1", "evaluate.block_images=8", "evaluate.batch=8"]
+SHORT = [
+    "train.total_images=1280",
+    "train.save_every=640",
+    "train.keep_every=640",
+    "train.schedule.warmup_images=320",
+    "train.validate=null",
+    "train.preview=null",
+    "sample.num_images=20",
+    "sample.block_images=10",
+    "sample.batch=10",
+    "sample.tasks=1",
+    "sample.settings.steps=3",
+    "evaluate.extractor.name=random-conv",
+    "evaluate.metrics=[fid]",
+    "evaluate.reference.rows=32",
+    "evaluate.tasks=1",
+    "evaluate.block_images=8",
+    "evaluate.batch=8",
+]
 
 WRAPPERS = {
     "hpc-gen": f'exec {sys.executable} -m hpc_gen.cli "$@"\n',

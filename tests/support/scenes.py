@@ -180,9 +180,7 @@ class Scene:
         marks = {"HPC_GEN_TEST_MARKS": str(self.marks / name), **variables}
         (self.marks / name).mkdir(exist_ok=True)
         (self.marks / name).chmod(0o777)
-        self.command(
-            *words, expected=expected, HPC_GEN_TEST_POINTS=",".join(points), HPC_GEN_TEST_FAIL=fail, **marks
-        )
+        self.command(*words, expected=expected, HPC_GEN_TEST_POINTS=",".join(points), HPC_GEN_TEST_FAIL=fail, **marks)
         return run
 
     def undisturbed(self, name: str, *overrides: str, stages: str | None = None) -> RunFolder:
@@ -299,5 +297,7 @@ def rows(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
 
 def committed_twice(run: RunFolder, stage: str) -> list[str]:
     """Units of a stage that were committed more than once, by the journal."""
-    names = [event.fields["unit"] for event in journal.read(run) if (event.stage, event.kind) == (stage, "unit_committed")]
+    names = [
+        event.fields["unit"] for event in journal.read(run) if (event.stage, event.kind) == (stage, "unit_committed")
+    ]
     return sorted({name for name in names if names.count(name) > 1})

@@ -123,7 +123,9 @@ def held_and_released(scene: Scene) -> Row:
     """scontrol requeuehold, then release; status says that it is held."""
     run, job = _held(scene, "held")
     scene.lab.run(["scontrol", "requeuehold", job])
-    scenes.wait_for(lambda: scene.shown(job).get("Reason", "").startswith(("JobHeld", "job_requeued")), "it is held", 60)
+    scenes.wait_for(
+        lambda: scene.shown(job).get("Reason", "").startswith(("JobHeld", "job_requeued")), "it is held", 60
+    )
     shown = scene.command("status", "held").stdout
     scene.lab.run(["scontrol", "release", job])
     sound = list(scene.wait_until_over(run).values()) == ["COMPLETED"] and "held" in shown
@@ -200,7 +202,9 @@ def hanging_rank(scene: Scene) -> Row:
     said = scene.logs(run, 200)
     host = next((node for node in scene.lab.node_names if f"rank 1 of 2 on {node} did not come" in said), "")
     sound = list(states.values()) == ["COMPLETED"] and bool(host) and ends[0]["code"] == 86
-    return row_of(scene, run, "hanging rank", sound, f"named: rank 1 on {host or 'nobody'}; excluded {ends[0]['nodes']}")
+    return row_of(
+        scene, run, "hanging rank", sound, f"named: rank 1 on {host or 'nobody'}; excluded {ends[0]['nodes']}"
+    )
 
 
 def side_by_side(scene: Scene) -> Row:

@@ -133,7 +133,9 @@ class TwoPlayer(_Toy):
     def conditions(self, ids: Tensor, plan: Conditioning) -> dict[str, Tensor]:
         return {}
 
-    def generate(self, conditions: Mapping[str, Tensor], draws: Draws, settings: Any, poll: Callable[[], None]) -> Tensor:
+    def generate(
+        self, conditions: Mapping[str, Tensor], draws: Draws, settings: Any, poll: Callable[[], None]
+    ) -> Tensor:
         poll()
         return ((self._images(draws.take("z", Draw((6,), Normal()))) + 1) * 127.5).round().to(torch.uint8)
 
@@ -163,7 +165,9 @@ class TableCondition(_Toy):
     def conditions(self, ids: Tensor, plan: Conditioning) -> dict[str, Tensor]:
         return plan.rows(ids, ("code",))
 
-    def generate(self, conditions: Mapping[str, Tensor], draws: Draws, settings: Any, poll: Callable[[], None]) -> Tensor:
+    def generate(
+        self, conditions: Mapping[str, Tensor], draws: Draws, settings: Any, poll: Callable[[], None]
+    ) -> Tensor:
         poll()
         made = self.net(conditions["code"]).view(-1, 1, SIDE, SIDE)
         return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
@@ -213,7 +217,9 @@ class Tokens(_Toy):
         before = torch.cat([torch.full_like(tokens[:, :1], self.vocabulary), tokens[:, :-1]], dim=1)
         return self.net(before).argmax(dim=-1)
 
-    def generate(self, conditions: Mapping[str, Tensor], draws: Draws, settings: Any, poll: Callable[[], None]) -> Tensor:
+    def generate(
+        self, conditions: Mapping[str, Tensor], draws: Draws, settings: Any, poll: Callable[[], None]
+    ) -> Tensor:
         poll()
         levels = self.greedy(conditions[self.column]) * (255 // max(1, self.vocabulary - 1))
         return levels.to(torch.uint8).view(-1, 1, SIDE, SIDE).expand(-1, 3, -1, -1)
@@ -251,7 +257,9 @@ class CodecWorker:
         with torch.no_grad():
             refined = method.greedy(tokens) + tokens
         write_table(staging, {"refined": refined}, shard_rows=64)
-        return {str(self.target / path.name): path for path in sorted(staging.iterdir(), key=lambda p: p.suffix == ".json")}
+        return {
+            str(self.target / path.name): path for path in sorted(staging.iterdir(), key=lambda p: p.suffix == ".json")
+        }
 
     def finish(self) -> None:
         """Nothing is left to do."""

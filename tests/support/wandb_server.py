@@ -150,9 +150,7 @@ class WandbServer:
         if run.started:
             bucket = self._bucket(project, run_id, run)
             bucket |= {
-                "wandbConfig": json.dumps(
-                    {"t": 1}
-                ),  # without the key "t" the client takes the run for a new one
+                "wandbConfig": json.dumps({"t": 1}),  # without the key "t" the client takes the run for a new one
                 "summaryMetrics": (run.last("wandb-summary.json") or ["{}"])[0],
                 "historyTail": json.dumps(run.last(HISTORY)),
                 "eventsTail": json.dumps(run.last("wandb-events.jsonl")),

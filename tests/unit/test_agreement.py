@@ -129,9 +129,7 @@ def test_what_all_have_finished_is_not_thrown_away() -> None:
         (ZeroDivisionError("a bug"), HpcGenError, ExitCode.BUG),
     ],
 )
-def test_a_failure_of_one_rank_ends_the_work_of_all(
-    error: Exception, told: type[HpcGenError], code: ExitCode
-) -> None:
+def test_a_failure_of_one_rank_ends_the_work_of_all(error: Exception, told: type[HpcGenError], code: ExitCode) -> None:
     def work(rank: int, poll: Poll, token: StopToken) -> None:
         if rank == 0:
             return  # waits for the others at the end

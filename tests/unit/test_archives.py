@@ -104,7 +104,9 @@ def test_tars_of_one_class_each_splits_and_webdataset_samples(tmp_path: Path) ->
     inside = make_tar(tmp_path / "i.tar", {**images(prefix="train/"), **images(each=1, prefix="validation/")})
     source = open_source("tar", inside)
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 6, "validation": 2}
-    samples = {f"{i:06d}.{kind}": data for i in (0, 1, 2) for kind, data in (("cls", b"%d" % (2 * i)), ("png", png((i, 0, 0))))}
+    samples = {
+        f"{i:06d}.{kind}": data for i in (0, 1, 2) for kind, data in (("cls", b"%d" % (2 * i)), ("png", png((i, 0, 0))))
+    }
     source = open_source("tar", make_tar(tmp_path / "w.tar", samples))
     assert source.num_classes == 5 and source.splits["train"].labels.tolist() == [0, 2, 4]
     assert colours(source) == [(i, 0, 0) for i in range(3)] and not source.skipped
@@ -210,7 +212,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 9, "validation": 2}
     assert colours(source) == [(i, 1, 2) for i in (*range(6), *range(3))]
     assert source.splits["train"].ids[5] == "train/train-00000-of-00002/1/1"
-    plain = make_parquet(tmp_path / "bytes.parquet", told=False, image=[png((i, 0, 0)) for i in range(6)], label=[4] * 6)
+    plain = make_parquet(
+        tmp_path / "bytes.parquet", told=False, image=[png((i, 0, 0)) for i in range(6)], label=[4] * 6
+    )
     assert open_source("parquet", plain).num_classes == 5
     assert open_source("parquet", make_parquet(tmp_path / "u.parquet", told=False, label=None)).class_names == ("all",)
 
@@ -265,7 +269,9 @@ def test_bad_images_are_counted_listed_and_stop_above_the_set_share(tmp_path: Pa
     bad = {**images(), "cat/1.png": png((0, 1, 7))[:40]}
     make_tar(tmp_path / "images.tar", bad)
     section = {"source": "tar", "source_path": "images.tar"}
-    with pytest.raises(DataError, match=r"at least 1 of 6 images cannot be read, .*: train/images/cat/1.png: not a readable"):
+    with pytest.raises(
+        DataError, match=r"at least 1 of 6 images cannot be read, .*: train/images/cat/1.png: not a readable"
+    ):
         encode(tmp_path, "strict", **section)
     for decoder in (None, "dali"):
         if decoder:

@@ -81,7 +81,11 @@ def test_the_order_of_units_does_not_matter(tmp_path: Path, features: object, or
     run(tmp_path, make_worker(tmp_path, output="b"), order, ledger="lb")
     run(tmp_path, make_worker(tmp_path, output="b"), ledger="lb")
     contents = [
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
         for name in ("a", "b")
     ]
     assert contents[0] == contents[1]

@@ -218,7 +218,15 @@ def test_a_file_system_that_turns_read_only(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x00\x01\x02", b"\xff\xfe\x80", b"name: [tiny", b"name: tiny\n  seed: 7\n", b"- 1\n- 2\n", b"name: {a: &a [*a]}"],
+    [
+        b"",
+        b"\x00\x01\x02",
+        b"\xff\xfe\x80",
+        b"name: [tiny",
+        b"name: tiny\n  seed: 7\n",
+        b"- 1\n- 2\n",
+        b"name: {a: &a [*a]}",
+    ],
 )
 def test_a_corrupted_config_of_a_run(workspace: Workspace, content: bytes) -> None:
     """Whatever is in it, the file is named in a sentence; a shorter file that is YAML still is not taken for the run's."""

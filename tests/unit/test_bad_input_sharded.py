@@ -84,7 +84,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of a rank's file": (lambda f: flip(f / "__1_0.distcp"), "__1_0.distcp does not have the SHA-256"),
     "files of ranks swapped": (swap, "the manifest"),
     "a file of a third rank": (lambda f: (f / "__2_0.distcp").write_bytes(b"x"), "__2_0.distcp is not in the manifest"),
-    "another world size": (lambda f: edit(f, '"world_size": 2', '"world_size": 4'), "does not have the SHA-256 that it"),
+    "another world size": (
+        lambda f: edit(f, '"world_size": 2', '"world_size": 4'),
+        "does not have the SHA-256 that it",
+    ),
     "no manifest": (lambda f: (f / manifest.NAME).unlink(), "the checkpoint was never committed"),
     "the other checkpoint's file": (
         lambda f: shutil.copy(f.parent / f"{SAVE_EVERY:012d}" / "__1_0.distcp", f / "__1_0.distcp"),

@@ -34,7 +34,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: write(path, path.read_bytes()[:-700]),
         rf"shard \S+{SHARD} has \d+ bytes, the index says \d+; {AGAIN}",
     ),
-    "missing": (lambda path: path.unlink(), rf"shard \S+{SHARD} cannot be opened \(No such file or directory\); {AGAIN}"),
+    "missing": (
+        lambda path: path.unlink(),
+        rf"shard \S+{SHARD} cannot be opened \(No such file or directory\); {AGAIN}",
+    ),
     "a folder": (
         lambda path: (path.unlink(), path.mkdir()),
         rf"shard \S+{SHARD} has \d+ bytes, the index says \d+; {AGAIN}",
@@ -63,7 +66,9 @@ def test_a_shard_that_is_damaged(workspace: Workspace, name: str) -> None:
     assert workspace.train(run) == ExitCode.DONE
     other = workspace.run("b", text=LINEAR)
     assert workspace.train(other) == ExitCode.DONE
-    assert experiments.contents(run.checkpoints / f"{96:012d}") == experiments.contents(other.checkpoints / f"{96:012d}")
+    assert experiments.contents(run.checkpoints / f"{96:012d}") == experiments.contents(
+        other.checkpoints / f"{96:012d}"
+    )
 
 
 def test_a_flipped_bit_is_found_by_verify_and_reading_never_ends_otherwise_than_in_a_sentence(tmp_path: Path) -> None:
@@ -128,5 +133,7 @@ def test_latents_of_another_size(workspace: Workspace) -> None:
         "method.channels = 4 with method.tokenizer_stride = 16 need [8, 16, 16]; change these keys or encode the table anew"
     )
     run = workspace.run("b", *latents)
-    with pytest.raises(UserError, match=r"method\.input is 'pixels', but the training table has no column 'pixels' \(it has "):
+    with pytest.raises(
+        UserError, match=r"method\.input is 'pixels', but the training table has no column 'pixels' \(it has "
+    ):
         workspace.train(run)

@@ -38,5 +38,12 @@ def test_every_benchmark_named_on_the_command_line_exists() -> None:
     unknown = run("lop")
     assert unknown.returncode == 2 and "unknown benchmark 'lop'" in unknown.stderr
     folder = RUN.parent
-    for module in ("training_loop", "table_reading", "format_reading", "checkpoint_save", "command_line", "random_draws"):
+    for module in (
+        "training_loop",
+        "table_reading",
+        "format_reading",
+        "checkpoint_save",
+        "command_line",
+        "random_draws",
+    ):
         assert "def bench(quick: bool) -> list[Table]:" in (folder / f"{module}.py").read_text(), module

@@ -160,8 +160,14 @@ def test_other_options_are_other_work(tmp_path: Path) -> None:
     prints = {
         make_worker(tmp_path, **changes).fingerprint()
         for changes in (
-            {}, {"codes": 4}, {"iterations": 7}, {"seed": 1}, {"points_per_centroid": 30}, {"threads": 2},
-            {"backend": "torch"}, {"output": "other.npy"},
+            {},
+            {"codes": 4},
+            {"iterations": 7},
+            {"seed": 1},
+            {"points_per_centroid": 30},
+            {"threads": 2},
+            {"backend": "torch"},
+            {"output": "other.npy"},
         )  # fmt: skip
     }
     assert len(prints) == 8

@@ -157,7 +157,9 @@ def test_a_rank_reads_its_own_parts_and_no_others(tmp_path: Path, monkeypatch: p
     """On the same cut each rank reads its share of the files, not all of them: a resume of 512 ranks reads once."""
     full, ranks = numbered((8, 5)), 4
     parts = [Pieces((8, 5), full.dtype, (Box((2 * rank, 0), full[2 * rank : 2 * rank + 2]),)) for rank in range(ranks)]
-    flats = [of_flat_slice((8, 5), 10 * rank + 3, full.reshape(-1)[10 * rank + 3 : 10 * rank + 13]) for rank in range(3)]
+    flats = [
+        of_flat_slice((8, 5), 10 * rank + 3, full.reshape(-1)[10 * rank + 3 : 10 * rank + 13]) for rank in range(3)
+    ]
     boxes = tuple(box for part in parts for box in part.boxes)
     storage.save({"model/net/cut": Pieces((8, 5), full.dtype, boxes)}, tmp_path, None)
     reads: list[tuple[int, ...]] = []

@@ -25,7 +25,9 @@ def written_by_another(folder: Path, unit: str, age_s: float = 0.0, **facts: obj
     """A claim of a task on another host, touched `age_s` seconds ago."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{unit}.claim"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "pid_start": 2, "job_id": "", "restart_count": 0} | facts))
+    path.write_text(
+        json.dumps({"host": "elsewhere", "pid": 1, "pid_start": 2, "job_id": "", "restart_count": 0} | facts)
+    )
     then = time.time() - age_s
     os.utime(path, (then, then))
     return path
@@ -142,7 +144,9 @@ def test_an_owner_that_may_be_dead_is_waited_for(tmp_path: Path, monkeypatch: py
         folder, done, waits = tmp_path / ending, [], []
         written_by_another(folder, "b", FRESH_S + 5)
 
-        def sleep(_: float, folder: Path = folder, done: list = done, waits: list = waits, ending: str = ending) -> None:
+        def sleep(
+            _: float, folder: Path = folder, done: list = done, waits: list = waits, ending: str = ending
+        ) -> None:
             waits.append(1)
             if len(waits) == 3 and ending == "committed":
                 done.append("b")

@@ -58,7 +58,9 @@ def test_what_is_written_at_run_time_stays_on_the_node() -> None:
         cache = f"/node/hpc-gen-{os.getuid()}"
         assert found["HPC_GEN_CACHE"] == cache and found["PYTHONDONTWRITEBYTECODE"] == "1"
         assert "PYTHONPYCACHEPREFIX" not in found, "it would hide the bytecode that the image brings"
-        places = [value for key, value in found.items() if key.endswith(("DIR", "_HOME", "CACHE_PATH")) and key != "TMPDIR"]
+        places = [
+            value for key, value in found.items() if key.endswith(("DIR", "_HOME", "CACHE_PATH")) and key != "TMPDIR"
+        ]
         assert len(places) >= 4 and all(place.startswith(cache) for place in places)
 
 
@@ -115,7 +117,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_of_another_version_is_not_put_into_an_image() -> None:
     found = debian_tree.closure({"torch": torch_version(), "jinja2": jinja()})
     assert {"torch", "sympy", "jinja2", "markupsafe"} <= set(found)
-    with pytest.raises(UserError, match=f"jinja2 {jinja()} is installed here, and pyproject.toml has 0.1; install that"):
+    with pytest.raises(
+        UserError, match=f"jinja2 {jinja()} is installed here, and pyproject.toml has 0.1; install that"
+    ):
         debian_tree.closure({"jinja2": "0.1"})
     with pytest.raises(UserError, match="no-such-package is not installed here"):
         debian_tree.closure({"no-such-package": "1"})
@@ -145,7 +149,9 @@ def test_packages_are_copied_with_their_bytecode_and_without_programs(tmp_path: 
 class Base:
     """A folder of programs in the place of those of a vendor's image; pip writes its words to a file."""
 
-    def __init__(self, folder: Path, torch: str = "2.13.0a0+abc", machine: str = "x86_64", compiler: bool = True) -> None:
+    def __init__(
+        self, folder: Path, torch: str = "2.13.0a0+abc", machine: str = "x86_64", compiler: bool = True
+    ) -> None:
         self.folder, self.log, self.torch = folder / "bin", folder / "pip.log", folder / "torch"
         self.folder.mkdir()
         self.torch.write_text(torch)
@@ -157,7 +163,7 @@ class Base:
             f'case "$*" in\n'
             f'  "-m pip "*) echo "$* | $TORCH_CUDA_ARCH_LIST $MAMBA_FORCE_BUILD ${{PIP_CONSTRAINT-free}}" >> {self.log}\n'
             f'    while [ $# != 0 ]; do if [ "$1" = --requirement ]; then cat "$2" >> {self.log}; fi; shift; done\n'
-            f'    [ ! -e {folder}/replacing ] || echo 2.13.0 > {self.torch} ;;\n'
+            f"    [ ! -e {folder}/replacing ] || echo 2.13.0 > {self.torch} ;;\n"
             f"  -m*) true ;;\n"
             f"  -) echo torch==$(cat {self.torch}) ;;\n"
             f"  *__version__*) cat {self.torch} ;;\n"

@@ -53,7 +53,9 @@ def test_rows_survive_every_format_and_come_back(tmp_path: Path, layout: str) ->
 
 
 def test_another_cut_a_part_of_the_columns_and_halves(tmp_path: Path) -> None:
-    write_table(tmp_path / "a", {"latents": torch.randn(20, 3, 2, 2), LABELS: torch.arange(20)}, shard_rows=8, num_classes=20)
+    write_table(
+        tmp_path / "a", {"latents": torch.randn(20, 3, 2, 2), LABELS: torch.arange(20)}, shard_rows=8, num_classes=20
+    )
     made = convert(open_rows(tmp_path / "a"), tmp_path / "b", Wish(shard_rows=7, columns=("latents",), half=True), say)
     assert made is not None and [shard.rows for shard in made.shards] == [7, 7, 6]
     assert list(made.columns) == ["latents"] and made.columns["latents"].dtype == "float16" and made.num_classes == 0
@@ -104,7 +106,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="b holds another table already; name another folder, or delete it"):
         convert(open_rows(tmp_path / "a"), tmp_path / "b", Wish(), say)
     convert(open_rows(tmp_path / "a"), tmp_path / "c", Wish(), say)
-    with pytest.raises(UserError, match=r"c holds a table that was written otherwise \(layout = 'ptshard', asked is 'npz'\)"):
+    with pytest.raises(
+        UserError, match=r"c holds a table that was written otherwise \(layout = 'ptshard', asked is 'npz'\)"
+    ):
         convert(open_rows(tmp_path / "a"), tmp_path / "c", Wish("npz", shard_rows=8), say)
     (tmp_path / "c" / "facts" / "shard_00000.json").write_text("{")
     with pytest.raises(DataError, match="shard_00000.json holds no facts of a shard"):
@@ -160,7 +164,9 @@ def test_numbered_features(tmp_path: Path, uvit: bool) -> None:
     found = Table.open(tmp_path / "t", verify=True).read(np.arange(5), ("moments", "moments_flip", LABELS))
     assert found["moments"][:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5] and found[LABELS].tolist() == [0, 1, 2, 0, 1]
     assert torch.equal(found["moments_flip"], -found["moments"])
-    with pytest.raises(DataError, match=r"file \d has the label \d, its mirror image \d has \d; they were not extracted in"):
+    with pytest.raises(
+        DataError, match=r"file \d has the label \d, its mirror image \d has \d; they were not extracted in"
+    ):
         convert(open_rows(tmp_path / "f", feature_batch=5), tmp_path / "u", Wish(), say)
 
 
@@ -172,7 +178,10 @@ def test_numbered_features(tmp_path: Path, uvit: bool) -> None:
         (lambda f: (f / "3.npy.npz").write_bytes(b""), "3.npy.npz cannot be read as features"),
         (lambda f: flip_bit(f / "3.npy.npz", 0.3), "3.npy.npz cannot be read as features"),
         (lambda f: np.savez(f / "3.npy.npz", x=1), r"3.npy.npz cannot be read as features \(.*z.*\); extract it again"),
-        (lambda f: np.savez(f / "3.npy.npz", z=np.zeros((2, 2)), label=0), r"3.npy.npz has moments of \[2, 2\], file 0 of"),
+        (
+            lambda f: np.savez(f / "3.npy.npz", z=np.zeros((2, 2)), label=0),
+            r"3.npy.npz has moments of \[2, 2\], file 0 of",
+        ),
     ],
 )
 def test_features_that_are_damaged(tmp_path: Path, change: object, sentence: str) -> None:
@@ -207,7 +216,9 @@ def test_the_zip_of_edm_becomes_pixels(tmp_path: Path) -> None:
                 Image.new("RGB", (8, 8) if i < 4 else (8, 4), (i, 2, 3)).save(stream, "PNG")
         labels = [[f"00000/img{i:08d}.png", i % 2] for i in range(5)]
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    with pytest.raises(DataError, match="img00000004.png is 8 x 4, the first image is 8 wide; use encode.source=edm_zip"):
+    with pytest.raises(
+        DataError, match="img00000004.png is 8 x 4, the first image is 8 wide; use encode.source=edm_zip"
+    ):
         convert(open_rows(path), tmp_path / "t", Wish(), say)
     good = tmp_path / "good.zip"
     with zipfile.ZipFile(good, "w") as archive:
@@ -229,11 +240,18 @@ def test_statistics_of_a_column(tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(found["mean"]), values.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(torch.tensor(found["std_unbiased"]), values.std((0, 2, 3)), atol=1e-6)
     part = channel_statistics(table, "latents", rows=10)
-    assert part["rows"] == 10 and part["mean"] != found["mean"] and part == channel_statistics(table, "latents", rows=10)
+    assert (
+        part["rows"] == 10 and part["mean"] != found["mean"] and part == channel_statistics(table, "latents", rows=10)
+    )
     write_statistics(tmp_path / "latents_stats.pt", found, (3, 4, 4), say)
     stored = torch.load(tmp_path / "latents_stats.pt", weights_only=True)
-    assert {name: (t.shape, t.dtype) for name, t in stored.items()} == dict.fromkeys(("mean", "std"), ((1, 3, 1, 1), torch.float32))
-    for column, sentence in (("latent", "has no column 'latent'"), (LABELS, "is one number per row and has no channels")):
+    assert {name: (t.shape, t.dtype) for name, t in stored.items()} == dict.fromkeys(
+        ("mean", "std"), ((1, 3, 1, 1), torch.float32)
+    )
+    for column, sentence in (
+        ("latent", "has no column 'latent'"),
+        (LABELS, "is one number per row and has no channels"),
+    ):
         with pytest.raises(UserError, match=sentence):
             channel_statistics(table, column)
     with pytest.raises(UserError, match=r"ends with neither .pt nor .json"):

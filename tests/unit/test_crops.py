@@ -61,7 +61,10 @@ def test_edm_cuts_a_square_before_it_scales_or_squeezes_the_whole() -> None:
         (["encode.crop=edm"], "did you mean"),
         (["encode.short_side=80"], "'encode.short_side' needs 'encode.crop' short_bicubic or short_bilinear"),
         (["encode.crop=short_bicubic", "encode.short_side=32"], "= 32 is smaller than the crop of 64"),
-        (["encode.source=tar", "encode.source_path=null"], "'encode.source' = 'tar' needs 'encode.source_path', the file"),
+        (
+            ["encode.source=tar", "encode.source_path=null"],
+            "'encode.source' = 'tar' needs 'encode.source_path', the file",
+        ),
         (["encode.decode=dalli"], "did you mean 'dali'"),
     ],
 )

@@ -36,7 +36,19 @@ def test_no_package_has_two_versions() -> None:
 
 
 def test_extras_are_those_that_were_promised() -> None:
-    promised = {"demo", "bench", "tracking", "webdataset", "dali", "parquet", "mamba", "faiss", "deepspeed", "gpu", "dev"}
+    promised = {
+        "demo",
+        "bench",
+        "tracking",
+        "webdataset",
+        "dali",
+        "parquet",
+        "mamba",
+        "faiss",
+        "deepspeed",
+        "gpu",
+        "dev",
+    }
     assert set(EXTRAS) == promised
 
 

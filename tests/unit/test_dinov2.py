@@ -154,7 +154,9 @@ def test_other_files_are_refused_by_name(weights: Path, tmp_path: Path) -> None:
     from hpc_gen.config.kl_vae import KlVaeConfig
 
     tiny = KlAutoencoder(KlVaeConfig(ch=32, ch_mult=(1,), num_res_blocks=1, resolution=8, z_channels=2, embed_dim=2))
-    refused(dict(tiny.state_dict()), "holds a KL autoencoder, not a DINOv2 network; it is read by tokenizer.name=kl_vae")
+    refused(
+        dict(tiny.state_dict()), "holds a KL autoencoder, not a DINOv2 network; it is read by tokenizer.name=kl_vae"
+    )
     good = state(Dinov2(DINOV2))
     refused({**good, "extra": one}, "has unknown 'extra'; choose another tokenizer.preset")
     refused({k: v for k, v in good.items() if k != "norm.bias"}, "lacks 'norm.bias'")

@@ -16,7 +16,9 @@ def test_names_of_tests_exist() -> None:
     named = 0
     for page in PAGES:
         file = None
-        for place, test in re.findall(r"(?<!RUN/)\b((?:u/|distributed/|e2e/|slurm/)\w+)?(?:::(test_\w+))?", page.read_text()):
+        for place, test in re.findall(
+            r"(?<!RUN/)\b((?:u/|distributed/|e2e/|slurm/)\w+)?(?:::(test_\w+))?", page.read_text()
+        ):
             if place:
                 folder, _, name = place.partition("/")
                 file = ROOT / "tests" / (f"unit/test_{name}.py" if folder == "u" else f"{folder}/{name}.py")

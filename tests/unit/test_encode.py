@@ -215,7 +215,9 @@ def test_bad_images_are_counted_and_listed(tmp_path: Path) -> None:
 def test_too_many_bad_images_stop_the_stage(tmp_path: Path) -> None:
     make_images(tmp_path)
     spoil(tmp_path, ["train/red/03.png"])
-    message = r"split 'train': at least 1 of 30 images cannot be read, encode\.max_bad_fraction=0 allows 0: train/red/03\.png"
+    message = (
+        r"split 'train': at least 1 of 30 images cannot be read, encode\.max_bad_fraction=0 allows 0: train/red/03\.png"
+    )
     with pytest.raises(DataError, match=message):
         encode(tmp_path, make_worker(tmp_path))
     assert not (tmp_path / "tables/t/index.json").exists()

@@ -88,9 +88,7 @@ def test_no_graph_is_kept_where_none_is_wanted() -> None:
 def test_both_second_order_routes_give_the_same_gradients(checkpoint_blocks: bool) -> None:
     found = []
     for route in ("double_backward", "forward_over_reverse"):
-        built = method(
-            {"second_order": route, "grad_multiplier": 7.0}, checkpoint_blocks=checkpoint_blocks, depth=3
-        )
+        built = method({"second_order": route, "grad_multiplier": 7.0}, checkpoint_blocks=checkpoint_blocks, depth=3)
         built.model.double()
         batch, draws = a_batch(built)
         batch = {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
@@ -109,7 +107,9 @@ def test_forward_over_reverse_keeps_no_graph_in_validation() -> None:
     built = method({"second_order": "forward_over_reverse"})
     batch, draws = a_batch(built)
     with torch.no_grad():
-        assert not squared_errors(built.model, batch["latents"], draws["t"], batch["labels"], draws["noise"])[1].requires_grad
+        assert not squared_errors(built.model, batch["latents"], draws["t"], batch["labels"], draws["noise"])[
+            1
+        ].requires_grad
 
 
 def test_the_fused_norm_would_be_wrong_there() -> None:

@@ -231,7 +231,14 @@ def test_without_samples_the_fix_is_named(tmp_path):
 def test_the_file_is_plain_json(evaluated):
     document = json.loads(evaluated[1].metrics("main").read_text())
     assert document["format"] == "hpc-gen-metrics-1"
-    assert {record["name"] for record in document["metrics"]} == {"fid", "fid_infinity", "kid", "precision", "recall", "isc"}
+    assert {record["name"] for record in document["metrics"]} == {
+        "fid",
+        "fid_infinity",
+        "kid",
+        "precision",
+        "recall",
+        "isc",
+    }
 
 
 # ---------------------------------------------------------------- keys of the section
@@ -280,7 +287,9 @@ def test_distances_without_anything_to_compare_with_are_refused(evaluated, tmp_p
         checkpoint=False,
         name="nothing",
     )
-    with pytest.raises(UserError, match="'clip_fid' has nothing to compare with: give evaluate.reference images, or eval"):
+    with pytest.raises(
+        UserError, match="'clip_fid' has nothing to compare with: give evaluate.reference images, or eval"
+    ):
         _worker(run, resolved, workspace)
     wrong = toy_run.make_run(
         workspace,

@@ -70,7 +70,9 @@ def test_as_torch_counts() -> None:
     method = dit()
     module = materialise(method, 0)["denoiser"]
     with FlopCounterMode(display=False) as counter:
-        module(torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)).sum().backward()
+        module(
+            torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        ).sum().backward()
     assert fake(dit(), 2).flops_per_image == counter.get_total_flops() / 2
 
 

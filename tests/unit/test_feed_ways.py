@@ -89,7 +89,8 @@ def test_a_resume_enters_anywhere_in_the_stream(folder: Path, way: str) -> None:
     assert_same(iterations(folder, way, start=48), thread[3:])
     middle = 1_000_000 * ROWS  # epochs on: a whole number of batches and of coupling groups
     assert_same(
-        iterations(folder, way, start=middle, end=middle + 32), iterations(folder, "thread", start=middle, end=middle + 32)
+        iterations(folder, way, start=middle, end=middle + 32),
+        iterations(folder, "thread", start=middle, end=middle + 32),
     )
 
 
@@ -177,4 +178,6 @@ def test_a_training_does_not_know_its_feed_and_may_change_it_at_a_resume(workspa
         assert "identity" in identity
     assert all(each == found["plain"] for each in found.values())
     copies = list((tmp_path / "nvme").glob(f"{Path(TABLE).name}-*"))
-    assert len(copies) == 1 and Table.open(copies[0], verify=True).identity == Table.open(workspace.path / TABLE).identity
+    assert (
+        len(copies) == 1 and Table.open(copies[0], verify=True).identity == Table.open(workspace.path / TABLE).identity
+    )

@@ -45,9 +45,7 @@ class Client:
         self.folder = folder
         self.log = folder / "calls.log"
         (folder / "bin").mkdir(parents=True)
-        self.script(
-            f'echo "$@" >> {self.log}; for a; do :; done; name=$(echo "$a" | tr @ -); cp {folder}/$name.tgz .'
-        )
+        self.script(f'echo "$@" >> {self.log}; for a; do :; done; name=$(echo "$a" | tr @ -); cp {folder}/$name.tgz .')
         monkeypatch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
 
     def script(self, body: str) -> None:
@@ -208,9 +206,7 @@ def test_unreachable_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(fetching.urllib.request, "urlopen", fail)
-    with pytest.raises(
-        UserError, match=r"cifar-10-binary\.tar\.gz cannot be downloaded \(Name or service not known\)"
-    ):
+    with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz cannot be downloaded \(Name or service not known\)"):
         fetch("cifar10", tmp_path, lambda _: None)
 
 
@@ -266,9 +262,7 @@ def test_emoji_become_one_zip_per_set(tmp_path: Path, client: Client, monkeypatc
 
 
 def test_names(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"nothing is called 'minst' \(did you mean 'mnist'\?\); known: cifar10, emoji"
-    ):
+    with pytest.raises(UserError, match=r"nothing is called 'minst' \(did you mean 'mnist'\?\); known: cifar10, emoji"):
         fetch("minst", tmp_path)
 
 

@@ -90,13 +90,18 @@ def test_dopri5_keeps_its_tolerance_and_ends_on_the_grid() -> None:
 
 
 def test_dopri5_of_a_field_that_is_no_number_says_so() -> None:
-    with pytest.raises(DivergedError, match=r"dopri5 does not get beyond t = 0 in \d+ steps; raise sample.settings.rtol"):
+    with pytest.raises(
+        DivergedError, match=r"dopri5 does not get beyond t = 0 in \d+ steps; raise sample.settings.rtol"
+    ):
         _last(dopri5_ode(lambda x, t: x * float("nan"), torch.ones(1, 2), ode_grid(3), nothing))
 
 
 @pytest.mark.parametrize(
     ("method", "calls", "last"),
-    [("euler", 49, "none"), *((m, c, last) for m, c in (("euler", 49), ("heun", 98)) for last in ("mean", "euler", "tweedie"))],
+    [
+        ("euler", 49, "none"),
+        *((m, c, last) for m, c in (("euler", 49), ("heun", 98)) for last in ("mean", "euler", "tweedie")),
+    ],
 )
 def test_one_network_call_per_drift(method: str, calls: int, last: str) -> None:
     """99 evaluations of 50 points with Heun and a last step; the reference makes 198 (specs/gmem.md section 5.2)."""

@@ -263,7 +263,9 @@ def test_samples_in_other_forms(tmp_path, output):
     need = forecast.sample_need(run, found.experiment)
     assert before.bytes is not None and need.bytes is not None
     toy_run.do_units(run, worker)
-    blocks = [path for path in run.samples("main").rglob("*") if path.is_file() and path.parent.name in ("000001", "000002")]
+    blocks = [
+        path for path in run.samples("main").rglob("*") if path.is_file() and path.parent.name in ("000001", "000002")
+    ]
     written = sum(path.stat().st_size for path in blocks)
     if output == "npz":
         written += 12 * 3 * 64

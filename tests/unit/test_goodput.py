@@ -67,9 +67,7 @@ def test_one_attempt_is_booked_to_the_second() -> None:
 def test_work_above_the_resume_point_is_redone() -> None:
     first = events(1, start(0.0, 0.0, None), *(interval(10.0 * i, 100 * i, 10.0) for i in range(1, 6)))
     assert seconds(receipt_of(first)) == {"productive": 50.0}  # nobody has resumed yet
-    second = events(
-        2, start(101.0, 100.0, 300), *(interval(101.0 + 10 * i, 300 + 100 * i, 10.0) for i in range(1, 3))
-    )
+    second = events(2, start(101.0, 100.0, 300), *(interval(101.0 + 10 * i, 300 + 100 * i, 10.0) for i in range(1, 3)))
     found = receipt_of(first + second)
     assert seconds(found) == {"productive": 50.0, "redone": 20.0, "start_up": 1.0}
     assert found.waiting_s == 50.0 and found.elapsed_s == 121.0 and found.ettr == pytest.approx(50 / 121)
@@ -88,9 +86,7 @@ def test_work_above_the_resume_point_is_redone() -> None:
 def test_rollback_books_what_it_undid_as_redone() -> None:
     rollback = {"t": 30.0, "kind": "rollback", "resumed_from": 150}
     lines = [interval(10.0, 100, 10.0), interval(20.0, 200, 10.0), interval(30.0, 300, 10.0)]
-    found = receipt_of(
-        events(1, start(0.0, 0.0, None), *lines, rollback, interval(40.0, 250, 10.0), end(40.0))
-    )
+    found = receipt_of(events(1, start(0.0, 0.0, None), *lines, rollback, interval(40.0, 250, 10.0), end(40.0)))
     assert seconds(found) == {"productive": 25.0, "redone": 15.0}
 
 

@@ -71,14 +71,20 @@ def test_it_checks_itself_without_anything_of_ours(tmp_path: Path) -> None:
     """Copied to a folder of its own, with torch alone to import."""
     script = tmp_path / "train_step.py"
     script.write_text(SCRIPT.read_text())
-    assert "hpc_gen" not in {line.split()[1].split(".")[0] for line in script.read_text().splitlines() if line.startswith(("import ", "from "))}
+    assert "hpc_gen" not in {
+        line.split()[1].split(".")[0]
+        for line in script.read_text().splitlines()
+        if line.startswith(("import ", "from "))
+    }
     command = [sys.executable, "-P", str(script), "--self-check", "--json", str(tmp_path / "found.json")]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "the engines agree" in ran.stdout and ran.stdout.count("refused: torch.compile") == 2
 
 
-def test_without_a_gpu_it_says_so(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         bench.main([])

@@ -32,7 +32,8 @@ def test_anything_but_pixels_is_refused(wrong: torch.Tensor) -> None:
 
 def test_names_and_settings() -> None:
     with pytest.raises(
-        UserError, match=r"unknown tokenizer 'identiy' \(did you mean 'identity'\?\); known: dinov2, identity, kl_vae, vqgan"
+        UserError,
+        match=r"unknown tokenizer 'identiy' \(did you mean 'identity'\?\); known: dinov2, identity, kl_vae, vqgan",
     ):
         tokenizers.build("identiy", workspace=HERE)
     with pytest.raises(UserError, match="does not take these settings: got an unexpected keyword argument 'scale'"):

@@ -134,7 +134,9 @@ def test_files_of_adm_and_edm(tmp_path):
     assert adm.spatial is not None and adm.spatial.covariance.shape == (3, 3) and edm.spatial is None
     assert torch.equal(adm.covariance, edm.covariance)
     np.savez(tmp_path / "images.npz", arr_0=images)
-    with pytest.raises(DataError, match=r"no keys 'mu' and 'sigma' \(it has: arr_0\); it holds images: name it in eval"):
+    with pytest.raises(
+        DataError, match=r"no keys 'mu' and 'sigma' \(it has: arr_0\); it holds images: name it in eval"
+    ):
         statistics.read(tmp_path / "images.npz")
     np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma, mu_s=mu, sigma_s=np.full((4, 4), np.nan))
     with pytest.raises(DataError, match="'sigma_s' holds NaN or infinity"):

@@ -30,9 +30,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def test_pillow_is_below_13() -> None:
-    assert int(PIL.__version__.split(".")[0]) < 13, (
-        "byte parity of crops needs Pillow < 13 (specs/energy.md section 7)"
-    )
+    assert int(PIL.__version__.split(".")[0]) < 13, "byte parity of crops needs Pillow < 13 (specs/energy.md section 7)"
 
 
 @pytest.mark.parametrize("size", [(100, 75), (64, 64), (67, 150), (131, 132), (33, 40), (20, 9), (32, 32)])

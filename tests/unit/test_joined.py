@@ -21,7 +21,14 @@ from shard_tools.convert import Wish, convert, open_rows
 from shard_tools.inspect import format_info, info
 
 ROWS = 20
-RECIPE = {"source": "folder", "source_content": "abc", "split": "train", "classes": [0], "limit": None, "row_order": "s"}
+RECIPE = {
+    "source": "folder",
+    "source_content": "abc",
+    "split": "train",
+    "classes": [0],
+    "limit": None,
+    "row_order": "s",
+}
 
 
 def make(folder: Path, rows: int = ROWS, **recipe: object) -> Path:
@@ -62,7 +69,10 @@ def batches(table: Table, columns: tuple[str, ...]) -> list[tuple[list[int], tor
 def test_training_goes_through_it_as_through_the_first_table(tmp_path: Path) -> None:
     one, two = make(tmp_path / "latents"), snippets(tmp_path / "snippets")
     join(tmp_path / "both", [one, two])
-    plain, both = batches(Table.open(one), ("moments",)), batches(Table.open(tmp_path / "both"), ("moments", "snippets"))
+    plain, both = (
+        batches(Table.open(one), ("moments",)),
+        batches(Table.open(tmp_path / "both"), ("moments", "snippets")),
+    )
     assert [rows for rows, _ in plain] == [rows for rows, _ in both]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(plain, both, strict=True))
 
@@ -88,7 +98,9 @@ def test_rows_meet_by_id_in_any_order_and_number(tmp_path: Path) -> None:
     found = table.read(np.arange(ROWS), ("snippets", ROW_ID))
     assert torch.equal(found["snippets"][:, 0].long(), ids) and torch.equal(found[ROW_ID], ids)
     write_table(tmp_path / "c", {"snippets": more.float()[3:, None], ROW_ID: more[3:]}, shard_rows=6)
-    with pytest.raises(UserError, match=r"c lacks 1 of the 20 rows of \S+a, the first with row_id 62; encode it of the same"):
+    with pytest.raises(
+        UserError, match=r"c lacks 1 of the 20 rows of \S+a, the first with row_id 62; encode it of the same"
+    ):
         join(tmp_path / "x", [tmp_path / "a", tmp_path / "c"])
     write_table(tmp_path / "d", {"snippets": more.float()[:, None], ROW_ID: more * 0 + 5}, shard_rows=6)
     with pytest.raises(UserError, match="d has the row_id 5 twice; encode it again"):
@@ -128,7 +140,9 @@ def test_a_part_that_changed_or_went(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="b is not a folder"):
         Table.open(tmp_path / "both")
     snippets(tmp_path / "b", limit=20)
-    with pytest.raises(DataError, match=r"join.json: table \S+b is not the one that was joined \(identity .*\); restore it, or"):
+    with pytest.raises(
+        DataError, match=r"join.json: table \S+b is not the one that was joined \(identity .*\); restore it, or"
+    ):
         Table.open(tmp_path / "both")
     path = tmp_path / "both" / JOIN_NAME
     document = json.loads(path.read_text())

@@ -203,9 +203,7 @@ def test_exit_code_of_the_whole(tmp_path: Path, actions: list[str], expected: in
 
 def test_the_first_failure_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     launch("if rank: os.kill(os.getpid(), 9)\nunblock(); time.sleep(60)", 2, tmp_path)
-    assert re.search(
-        r"rank 1 was killed by SIGKILL; the others are stopped; .*rank_1.log", capfd.readouterr().err
-    )
+    assert re.search(r"rank 1 was killed by SIGKILL; the others are stopped; .*rank_1.log", capfd.readouterr().err)
 
 
 def test_stubborn_ranks_are_killed_after_the_grace_time(tmp_path: Path) -> None:

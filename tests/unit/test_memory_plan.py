@@ -22,7 +22,12 @@ def dit(**changes: Any) -> EnergyDiffusion:
 
 def plan(world_size: int, activations: int | None = 0, variant: str = "standard", **engine: Any) -> MemoryPlan:
     config = train_config(
-        ranks=world_size, global_batch=64, log_every=64, save_every=64, engine=engine, ema={"a": {"decay": 0.9}, "b": {"decay": 0.99}}
+        ranks=world_size,
+        global_batch=64,
+        log_every=64,
+        save_every=64,
+        engine=engine,
+        ema={"a": {"decay": 0.9}, "b": {"decay": 0.99}},
     )
     return plan_memory(dit(variant=variant), config, world_size, activations)
 

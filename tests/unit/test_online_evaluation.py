@@ -32,7 +32,9 @@ def events(run: RunFolder, kind: str) -> list[Event]:
 
 def values(run: RunFolder) -> dict[int, dict[str, float]]:
     """Place -> what the rows say of evaluations."""
-    found = {place: {k: v for k, v in data.items() if k.startswith("evaluate/")} for place, data in experiments.rows(run)}
+    found = {
+        place: {k: v for k, v in data.items() if k.startswith("evaluate/")} for place, data in experiments.rows(run)
+    }
     return {place: data for place, data in found.items() if data}
 
 
@@ -103,7 +105,9 @@ def test_an_evaluation_that_a_stop_cuts_short_is_repeated(workspace: Workspace, 
     whole, cut = (workspace.run(name, *changes) for name in ("whole", "cut"))
     workspace.train(whole)
     for _ in range(3):
-        assert workspace.train(cut, stop=AtPoll(cut, poll if not events(cut, "attempt_start") else 1)) == ExitCode.REQUEUE
+        assert (
+            workspace.train(cut, stop=AtPoll(cut, poll if not events(cut, "attempt_start") else 1)) == ExitCode.REQUEUE
+        )
         assert experiments.rows(cut) == []
     assert workspace.train(cut) == ExitCode.DONE
     assert experiments.rows(cut) == experiments.rows(whole)
@@ -182,7 +186,9 @@ def test_an_evaluation_beyond_its_budget_is_given_up_and_told(workspace: Workspa
     assert workspace.train(run) == ExitCode.DONE and workspace.train(plain) == ExitCode.DONE
     assert values(run) == {} and not list(run.path.glob("metrics/online-*.json"))
     told = [event.fields["detail"] for event in events(run, "fault")]
-    assert len(told) == 2 and all("train.evaluate.budget_s = 1e-06 is spent; raise it, or draw fewer images" in t for t in told)
+    assert len(told) == 2 and all(
+        "train.evaluate.budget_s = 1e-06 is spent; raise it, or draw fewer images" in t for t in told
+    )
     assert [data["loss"] for _, data in experiments.rows(run)] == [data["loss"] for _, data in experiments.rows(plain)]
 
 

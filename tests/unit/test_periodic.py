@@ -213,7 +213,9 @@ def test_single_numbers_of_the_sampler_are_for_the_row() -> None:
 def test_the_report_shows_the_captioned_grid(workspace: Workspace) -> None:
     from eval_jobs.report import render
 
-    run = workspace.run("report", PREVIEW, "train.stop_at_images=16", "train.validate={every_images: 16, num_images: 8}")
+    run = workspace.run(
+        "report", PREVIEW, "train.stop_at_images=16", "train.validate={every_images: 16, num_images: 8}"
+    )
     workspace.train(run)
     page = render(run, run_setup.load_run(run))
     assert "Previews during training" in page and "Samples after 16 images" in page
@@ -223,9 +225,7 @@ def test_validation_by_average_and_term(workspace: Workspace) -> None:
     values = {}
     for name, ema in (("first", None), ("main", "main"), ("raw", "null")):
         more = [] if ema is None else [f"train.validate.ema={ema}"]
-        run = workspace.run(
-            name, "train.validate={every_images: 16, num_images: 16}", "train.optimizer.lr=0.05", *more
-        )
+        run = workspace.run(name, "train.validate={every_images: 16, num_images: 16}", "train.optimizer.lr=0.05", *more)
         workspace.train(run, "train.stop_at_images=16")
         values[name] = experiments.rows(run)[0][1]
         assert {"validation/loss", "validation/mse"} <= values[name].keys()

@@ -74,7 +74,9 @@ def test_networks_are_in_eval_mode_without_gradients_and_come_back():
     assert all(module.training for module in method.network.modules())
 
 
-@pytest.mark.parametrize(("num_images", "batch", "world_size"), [(7, 2, 1), (7, 2, 3), (1, 4, 2), (16, 4, 2), (9, 64, 4)])
+@pytest.mark.parametrize(
+    ("num_images", "batch", "world_size"), [(7, 2, 1), (7, 2, 3), (1, 4, 2), (16, 4, 2), (9, 64, 4)]
+)
 def test_shares_hold_every_image_once(num_images, batch, world_size):
     shares = [share_of(num_images, batch, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1

@@ -87,9 +87,7 @@ def test_the_memory_limit_of_the_job(tmp_path: Path, group: str, folder: str, li
         return probe.check_memory(machine(tmp_path / name, 9_000_000, **files))
 
     assert found("wide", "8000000000") == [] and found("none", "max") == []
-    assert found("tight", "900000000") == [
-        "the memory limit of the job leaves only 0.40 GB; ask for more memory"
-    ]
+    assert found("tight", "900000000") == ["the memory limit of the job leaves only 0.40 GB; ask for more memory"]
 
 
 class FakeCuda(SimpleNamespace):

@@ -286,7 +286,9 @@ def test_runs_of_others_are_not_removed(tmp_path: Path, large: Path) -> None:
     experiments.Workspace(tmp_path).run("large-proof-killed")
     with pytest.raises(UserError, match="is not the run of an earlier proof; choose another name with name="):
         prove_resume._begin(proof, tmp_path, "-killed")
-    with pytest.raises(UserError, match="is not there and the experiment has no stage before 'train' that would make it"):
+    with pytest.raises(
+        UserError, match="is not there and the experiment has no stage before 'train' that would make it"
+    ):
         prove_resume._make_table(proof, first, lambda line: None)
 
 
@@ -318,5 +320,3 @@ def test_every_shipped_training_can_be_made_small() -> None:
         assert proof.images <= 1000 and proof.train.total_images == proof.images, path
         shrunk += 1
     assert shrunk >= 10
-
-

@@ -123,6 +123,8 @@ def test_training_equals_a_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     moved = 0.0
     for name, value in read.load_role(found.path, "denoiser", "main").items():
         if name in average:
-            torch.testing.assert_close(value, average[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                value, average[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
             moved = max(moved, float((average[name] - weights[name]).abs().max()))
     assert moved > 1e-3  # the average lags the weights by far more than the tolerance

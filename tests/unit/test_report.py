@@ -296,7 +296,9 @@ def test_nearest_training_images(whole):
     assert where == "training images" and images.rows == 32
     found = neighbours._search(images.read([7, 30]), images)
     assert [rows[0] for rows in found["rows"]] == [7, 30] and [d[0] for d in found["distances"]] == [0.0, 0.0]
-    assert all(len(rows) == 3 and distances == sorted(distances) for rows, distances in zip(found["rows"], found["distances"]))
+    assert all(
+        len(rows) == 3 and distances == sorted(distances) for rows, distances in zip(found["rows"], found["distances"])
+    )
     kept = run.report.parent / "neighbours-main.json"
     document = json.loads(kept.read_text())
     assert document["rows"] == neighbours._search(index.read(range(8)), images)["rows"]
@@ -308,7 +310,9 @@ def test_nearest_training_images(whole):
 def test_numbers_lie_beside_the_page(whole):
     folder = whole[1].report.parent
     lines = (folder / "metrics.csv").read_text().splitlines()
-    assert lines[0].startswith("tag,metric,value,std,spread,note,measure.num_images,measure.classes,measure.extractor.name")
+    assert lines[0].startswith(
+        "tag,metric,value,std,spread,note,measure.num_images,measure.classes,measure.extractor.name"
+    )
     assert len(lines) == 1 + 2 * 6 and lines[1].startswith("main,fid,")
     records = json.loads((folder / "metrics.json").read_text())
     assert {record["tag"] for record in records} == {"main", "early"}

@@ -51,7 +51,9 @@ def test_extrapolation_takes_the_bias_away():
 def test_constant_sets_and_references_are_ordinary_input():
     constant = torch.ones(30, 24)
     found = resampling.frechet_estimate(constant, REFERENCE)
-    assert found.value == pytest.approx(frechet_distance(Moments.of(constant), REFERENCE), rel=1e-12) and found.std == 0.0
+    assert (
+        found.value == pytest.approx(frechet_distance(Moments.of(constant), REFERENCE), rel=1e-12) and found.std == 0.0
+    )
     same = resampling.frechet_estimate(constant, Moments.of(constant))
     assert (same.value, same.std, same.infinity) == (0.0, 0.0, 0.0)
 
@@ -69,7 +71,10 @@ def test_few_images_have_no_error():
         found = suite.numbers(["fid"], [_features(count, 4)], None, suite.Reference([_features(40, 5)]), choices)
         assert [number.name for number in found] == names
         assert (found[0].std is None) == (count < 20)
-    assert found[0].spread == "jackknife over 10 random groups of images" and "N/2 to N" in found[1].settings["extrapolated"]
+    assert (
+        found[0].spread == "jackknife over 10 random groups of images"
+        and "N/2 to N" in found[1].settings["extrapolated"]
+    )
 
 
 def test_density_and_coverage_equal_their_definition():
@@ -79,7 +84,9 @@ def test_density_and_coverage_equal_their_definition():
     found = prc.compare(samples, real)
     assert found.density.value == pytest.approx(float(inside.sum(0).double().mean()) / k, rel=1e-12)
     assert found.coverage.value == pytest.approx(float(inside.any(1).double().mean()), rel=1e-12)
-    assert found.coverage.std == pytest.approx((found.coverage.value * (1 - found.coverage.value) / 39) ** 0.5, rel=1e-9)
+    assert found.coverage.std == pytest.approx(
+        (found.coverage.value * (1 - found.coverage.value) / 39) ** 0.5, rel=1e-9
+    )
 
 
 def test_shares_do_not_depend_on_the_stripes(monkeypatch):

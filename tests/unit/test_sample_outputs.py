@@ -139,7 +139,9 @@ def test_features_of_other_metrics_are_made_anew(tmp_path):
     assert _stage(run, resolved, tmp_path) == []
     _, more = toy_run.make_run(tmp_path, lean[0], "evaluate.metrics=[fid, sfid]", checkpoint=False, name="more")
     assert len(toy_run.do_units(run, sample.worker(toy_run.context(run, more, tmp_path, "sample")))) == 3
-    other = toy_run.make_run(tmp_path, lean[0], "evaluate.metrics=[fid]", "evaluate.batch=2", checkpoint=False, name="o")[1]
+    other = toy_run.make_run(
+        tmp_path, lean[0], "evaluate.metrics=[fid]", "evaluate.batch=2", checkpoint=False, name="o"
+    )[1]
     with pytest.raises(DataError, match="was made from other images or settings"):
         evaluate.worker(toy_run.context(run, other, tmp_path, "evaluate")).finish()
 

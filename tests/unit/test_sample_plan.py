@@ -97,7 +97,12 @@ def test_every_field_is_in_the_hash_and_named_when_it_differs(change, tmp_path):
 
 
 def test_all_fields_are_written_and_read_back(tmp_path):
-    assert set(PLAN.to_json()) - {"format"} == set(SamplePlan.__dataclass_fields__) - {"table", "listed", "classes_sha256", "row_plan"}
+    assert set(PLAN.to_json()) - {"format"} == set(SamplePlan.__dataclass_fields__) - {
+        "table",
+        "listed",
+        "classes_sha256",
+        "row_plan",
+    }
     PLAN.write(tmp_path)
     PLAN.write(tmp_path)  # the same plan again is no problem
     assert read_plan(tmp_path) == PLAN
@@ -135,7 +140,12 @@ def test_method_hash_ignores_the_order_of_keys():
 
 def test_rows_drawn_at_random_are_a_function_of_the_id(tmp_path):
     """A bank is drawn from uniformly with replacement, the same on any number of tasks; plans in order keep their hash."""
-    write_table(tmp_path / "bank", {"cls_tokens": torch.arange(50.0).view(50, 1), "labels": torch.zeros(50).long()}, shard_rows=20, num_classes=1)
+    write_table(
+        tmp_path / "bank",
+        {"cls_tokens": torch.arange(50.0).view(50, 1), "labels": torch.zeros(50).long()},
+        shard_rows=20,
+        num_classes=1,
+    )
     plan = replace(PLAN, table=open_table(tmp_path, "bank"), row_plan="uniform")
     ids = torch.arange(4000)
     rows = plan.rows(ids, ["cls_tokens"])["cls_tokens"].view(-1).long()

@@ -179,6 +179,8 @@ def test_latents_are_decoded_by_the_tables_tokenizer(tmp_path, monkeypatch):
     squares = _pixels(run).unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
     assert torch.equal(squares.amax(-1), squares.amin(-1)), "each latent cell is a square of one colour"
     assert len({image.numpy().tobytes() for image in _pixels(run)}) == 20
-    _, other = toy_run.make_run(tmp_path, *LATENTS, "data.tokenizer.scale=2", "sample.tag=x", "evaluate.tag=x", name="other")
+    _, other = toy_run.make_run(
+        tmp_path, *LATENTS, "data.tokenizer.scale=2", "sample.tag=x", "evaluate.tag=x", name="other"
+    )
     with pytest.raises(UserError, match=r"scale = 0\.5, the experiment names one with 2\.0; give data\.tokenizer"):
         toy_run.do_units(run, _worker(run, other, tmp_path))

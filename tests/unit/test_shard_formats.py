@@ -75,10 +75,19 @@ def test_plain_webdataset_writes_what_we_read(tmp_path: Path) -> None:
     with webdataset.ShardWriter(str(tmp_path / "s-%05d.tar"), maxcount=8, verbose=0) as sink:
         for row in range(20):
             sink.write(
-                {"__key__": f"{row:05d}", "moments.npy": columns["moments"][row].numpy(), "cls": int(columns[LABELS][row])}
+                {
+                    "__key__": f"{row:05d}",
+                    "moments.npy": columns["moments"][row].numpy(),
+                    "cls": int(columns[LABELS][row]),
+                }
             )
     table = Table.open(tmp_path)
-    assert (table.rows, table.index.layout, table.index.num_classes, table.index.indexed) == (20, "webdataset", 4, False)
+    assert (table.rows, table.index.layout, table.index.num_classes, table.index.indexed) == (
+        20,
+        "webdataset",
+        4,
+        False,
+    )
     found = table.read([19, 0, 8], ("moments", LABELS))
     assert torch.equal(found["moments"], columns["moments"][[19, 0, 8]])
     assert found[LABELS].tolist() == columns[LABELS][[19, 0, 8]].tolist()
@@ -124,8 +133,14 @@ def test_tars_of_other_programs_may_be_uneven(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"0.jpg": b"x", "1.jpg": b"y"}, "holds files .jpg, which are no arrays; of images make a table with encode.source=tar"),
-        ({"0.z.npy": npy(np.zeros(2)), "1.y.npy": npy(np.zeros(2))}, r"sample 1 has the files \['y.npy'\], the first one"),
+        (
+            {"0.jpg": b"x", "1.jpg": b"y"},
+            "holds files .jpg, which are no arrays; of images make a table with encode.source=tar",
+        ),
+        (
+            {"0.z.npy": npy(np.zeros(2)), "1.y.npy": npy(np.zeros(2))},
+            r"sample 1 has the files \['y.npy'\], the first one",
+        ),
         ({"0.z.npy": npy(np.array([{}], dtype=object))}, r"cannot be read \(.*allow_pickle"),
         ({"0.cls": b"cat"}, "has a class b'cat' that is no number"),
         ({"0.z.npy": npy(np.zeros(2)), "1.z.npy": npy(np.zeros(3))}, "cannot be read"),
@@ -139,7 +154,9 @@ def test_tars_that_are_no_tables(tmp_path: Path, members: dict[str, bytes], sent
 
 
 def test_a_column_that_a_tar_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="column 'x' is torch.bfloat16, which the .npy files of a tar do not have; choose"):
+    with pytest.raises(
+        UserError, match="column 'x' is torch.bfloat16, which the .npy files of a tar do not have; choose"
+    ):
         tar_bytes({"x": torch.zeros(2, 2, dtype=torch.bfloat16)}, 0)
 
 
@@ -194,7 +211,11 @@ def test_mislabelled_shards(tmp_path: Path, layout: str) -> None:
 
 def test_safetensors_of_other_programs(tmp_path: Path) -> None:
     columns = latents(12)
-    shard = {"latents": columns["moments"].float(), "latents_flip": columns["moments_flip"].float(), LABELS: columns[LABELS]}
+    shard = {
+        "latents": columns["moments"].float(),
+        "latents_flip": columns["moments_flip"].float(),
+        LABELS: columns[LABELS],
+    }
     for rank in range(2):
         part = {name: value[6 * rank : 6 * rank + 6].contiguous() for name, value in shard.items()}
         save_file(part, tmp_path / f"latents_rank{rank:02d}_shard000.safetensors", {"total_size": "6"})
@@ -203,7 +224,9 @@ def test_safetensors_of_other_programs(tmp_path: Path) -> None:
     found = table.read([11, 0], tuple(shard))
     assert all(torch.equal(found[name], shard[name][[11, 0]]) for name in shard)
     save_file({"weight": torch.zeros(3)}, tmp_path / "latents_rank02_shard000.safetensors")
-    with pytest.raises(DataError, match=r"latents_rank02_shard000.safetensors has no column 'labels'|has no column 'latents'"):
+    with pytest.raises(
+        DataError, match=r"latents_rank02_shard000.safetensors has no column 'labels'|has no column 'latents'"
+    ):
         Table.open(tmp_path)
     save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match="holds shards but no index.json"):

@@ -42,9 +42,7 @@ def test_a_disk_slower_than_training_costs_time_only(
     assert "images training waited " in said and "a larger train.save_every, or a faster disk" in said
 
 
-def test_a_stop_waits_for_the_slow_disk_too(
-    workspace: experiments.Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_waits_for_the_slow_disk_too(workspace: experiments.Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     run = workspace.run("slow", "train.keep_last=9", text=experiments.LINEAR)
     slow_disk(monkeypatch)
     assert workspace.train(run, "train.stop_at_images=24") == 0

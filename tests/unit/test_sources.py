@@ -154,8 +154,7 @@ def test_emoji_labels_split_and_background(tmp_path: Path) -> None:
     assert source.skipped == {"category Component": 40}
     assert sum(len(split) for split in source.splits.values()) == 20 * 2 * 3 + 20 * 2 - 3
     bases = {
-        name: {i.split("/")[-1].split(".")[0].split("-")[0] for i in split.ids}
-        for name, split in source.splits.items()
+        name: {i.split("/")[-1].split(".")[0].split("-")[0] for i in split.ids} for name, split in source.splits.items()
     }
     assert bases["train"] and bases["validation"]
     assert not bases["train"] & bases["validation"], "drawings of one base emoji lie on both sides"

@@ -73,7 +73,9 @@ def test_a_damaged_table_is_not_spread(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shard_00001.pt has another SHA-256 than the index says; restore it"):
         run(folder, tmp_path / "nvme")
     (folder / "shard_00001.pt").unlink()
-    with pytest.raises(DataError, match=r"shard_00001.pt cannot be copied to .* \(No such file or directory\); start again"):
+    with pytest.raises(
+        DataError, match=r"shard_00001.pt cannot be copied to .* \(No such file or directory\); start again"
+    ):
         run(folder, tmp_path / "nvme")
     assert not list((tmp_path / "nvme").glob("*/shard_00001.pt")) and not list((tmp_path / "nvme").glob("*/.t*"))
 

@@ -163,9 +163,15 @@ def test_statistics_of_a_table(tmp_path, rows, channels):
     [
         (StatisticsJob("tables/t", Path("t.txt"), "random-conv"), "does not end in .npz"),
         (StatisticsJob("tables/t", Path("t.npz"), "random-cnv"), "unknown extractor 'random-cnv' .did you mean"),
-        (StatisticsJob("tables/t", Path("t.npz"), "random-conv", rows=99), "metrics stats.rows is 99, but tables/t has 32"),
+        (
+            StatisticsJob("tables/t", Path("t.npz"), "random-conv", rows=99),
+            "metrics stats.rows is 99, but tables/t has 32",
+        ),
         (StatisticsJob("tables/latents", Path("t.npz"), "random-conv"), "no column 'pixels' of uint8"),
-        (StatisticsJob("tables/t", Path("t.npz"), "random-conv", rows=1), "has 1 images; a covariance needs at least 2"),
+        (
+            StatisticsJob("tables/t", Path("t.npz"), "random-conv", rows=1),
+            "has 1 images; a covariance needs at least 2",
+        ),
     ],
 )
 def test_wrong_jobs_are_refused(tmp_path, job, message):
@@ -187,7 +193,9 @@ def test_numbers_with_statistics_and_without_images(tmp_path):
     samples = list((torch.randn(40, 6, generator=torch.Generator().manual_seed(3))).split(16))
     for name, said in (("a.npz", None), ("b.npz", suite.UNKNOWN_EXTRACTOR)):
         stored = statistics.read(tmp_path / name)
-        found = suite.numbers(["fid", "kid", "prc", "isc"], samples, None, suite.Reference(None, stored), suite.Choices(10, errors=False))
+        found = suite.numbers(
+            ["fid", "kid", "prc", "isc"], samples, None, suite.Reference(None, stored), suite.Choices(10, errors=False)
+        )
         by_name = {number.name: number for number in found}
         assert by_name["fid"].value == pytest.approx(frechet_distance(Moments.of(torch.cat(samples)), _moments()))
         assert by_name["fid"].note == said
@@ -200,7 +208,12 @@ def test_numbers_with_statistics_and_without_images(tmp_path):
 
 def test_rows_have_the_names_of_the_seed():
     found = [suite.Number("kid", 0.5, 0.1), suite.Number("isc", 2.0, 0.3), suite.Number("recall", 0.25)]
-    expected = {"evaluate/kid_mean": 0.5, "evaluate/kid_std": 0.1, "evaluate/inception_score": 2.0, "evaluate/recall": 0.25}
+    expected = {
+        "evaluate/kid_mean": 0.5,
+        "evaluate/kid_std": 0.1,
+        "evaluate/inception_score": 2.0,
+        "evaluate/recall": 0.25,
+    }
     assert suite.row_values(found) == expected
 
 

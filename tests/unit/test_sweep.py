@@ -98,7 +98,9 @@ def test_a_point_is_what_the_run_itself_would_sample_and_score(workspace):
         made = factory(toy_run.context(run, own, workspace, stage))
         toy_run.do_units(run, made)
         made.finish()
-    assert torch.equal(read_index(run.samples("main")).read(range(20)), read_index(folder.samples(name)).read(range(20)))
+    assert torch.equal(
+        read_index(run.samples("main")).read(range(20)), read_index(folder.samples(name)).read(range(20))
+    )
     ours, theirs = results.read(folder.metrics(name)).get("fid"), results.read(run.metrics("main")).get("fid")
     assert results.compare(ours, theirs) == 0.0
 
@@ -152,7 +154,10 @@ def test_work_on_a_point_that_is_not_wanted_any_more_is_left(workspace):
     # the others go on: a new task knows only what is wanted
     narrow, folder, resolved = _apply(workspace, axes={"guidance": [2.0], "steps": [1, 2]})
     assert _stage(folder, resolved, workspace, "points") == []
-    assert len(_stage(folder, resolved, workspace, "features")) == 7 and len(_stage(folder, resolved, workspace, "scores")) == 2
+    assert (
+        len(_stage(folder, resolved, workspace, "features")) == 7
+        and len(_stage(folder, resolved, workspace, "scores")) == 2
+    )
     # wanted again: the marks go, the work is missing again
     whole, folder, resolved = _apply(workspace)
     assert not list((folder.path / "cancelled").iterdir())
@@ -204,12 +209,17 @@ def test_on_slurm_only_what_the_grid_changes_is_submitted(workspace, monkeypatch
     folder = workspace / "runs" / "grid"
     assert "4 points, 4 to be done" in command()
     assert len([line for line in fake.asked("sbatch") if "--test-only" not in line]) == 4
-    lines = "".join(f"{n}|{n}|PENDING|Priority|N/A|N/A|N/A|low||grid.{s}|{folder}\n" for n, s in ((101, "points"), (102, "features")))
+    lines = "".join(
+        f"{n}|{n}|PENDING|Priority|N/A|N/A|N/A|low||grid.{s}|{folder}\n"
+        for n, s in ((101, "points"), (102, "features"))
+    )
     fake.answer("squeue", lines)
     fake._write("scancel", 'echo -n > "$root/squeue.txt"')
     less = command(axes={"guidance": [1.0], "steps": [1, 2]})
     assert less.count("cancelled") == 2 and "2 jobs are at it already" in less and fake.asked("scancel") == []
-    assert json.loads((folder / "wanted.json").read_text()) == sorted(sweep_plan.read_sweep(run_setup.load_run(sweep_plan.RunFolder(folder))).points)
+    assert json.loads((folder / "wanted.json").read_text()) == sorted(
+        sweep_plan.read_sweep(run_setup.load_run(sweep_plan.RunFolder(folder))).points
+    )
     more = command(axes={"guidance": [1.0, 4.0], "steps": [1, 2]})
     assert "2 jobs do not know the 2 new points: cancelled, and submitted with them" in more
     assert fake.asked("scancel") == ["101 102"]
@@ -277,7 +287,10 @@ def test_seconds_of_a_point_come_from_the_journal(workspace):
     table = sweep_table.table_of(folder, found)
     assert table.rows[0].seconds == pytest.approx(0.2)
     text = sweep_table.to_csv(table).splitlines()
-    assert text[0] == "point,guidance,steps,fid,fid_std,fid_infinity,fid_infinity_std,kid,kid_std,nfe,seconds_per_image,front"
+    assert (
+        text[0]
+        == "point,guidance,steps,fid,fid_std,fid_infinity,fid_infinity_std,kid,kid_std,nfe,seconds_per_image,front"
+    )
     assert text[1].startswith(f"{name},1.0,1,") and len(text) == 5
     document = sweep_table.to_json(table)
     assert json.loads(json.dumps(document))["points"][0]["metrics"]["fid"]["measure"]["num_images"] == 20
@@ -307,7 +320,10 @@ def test_points_measured_otherwise_are_told(workspace):
         ({"axes": {"checkpoint": [63]}}, r"no (whole )?checkpoint at 63"),
         ({"axes": {"checkpoint": ["newest"]}}, "'newest' of a point is neither a number of images seen nor 'latest'"),
         ({"search": {"key": "guidance", "low": 2, "high": 1}}, r"'search\.high' = 1 is not above 'search\.low' = 2"),
-        ({"search": {"key": "guidance", "low": 1, "high": 2, "at": {"guidance": 1}}}, "fixes 'guidance', which is searched"),
+        (
+            {"search": {"key": "guidance", "low": 1, "high": 2, "at": {"guidance": 1}}},
+            "fixes 'guidance', which is searched",
+        ),
         ({"name": "toy"}, "has the name of its run; give it another"),
         ({"metrics": "fid"}, r"grid\.yaml:\d+.*'metrics'.*did you mean 'metric'"),
     ],

@@ -215,9 +215,7 @@ def rewrite(folder: Path, number: int, change: dict[str, torch.Tensor | None]) -
     path.unlink()
     torch.save({name: t for name, t in columns.items() if t is not None}, path)
     shards = list(index.shards)
-    shards[number] = ShardInfo(
-        path.name, shards[number].rows, path.stat().st_size, commit.sha256_file(path), "0" * 64
-    )
+    shards[number] = ShardInfo(path.name, shards[number].rows, path.stat().st_size, commit.sha256_file(path), "0" * 64)
     TableIndex(index.columns, tuple(shards), index.num_classes).write(folder)
 
 

@@ -18,7 +18,14 @@ from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.sampling.images import png_bytes
 from hpc_gen.stages.build import open_table
 
-COMMON = {"cuda": False, "verbose": False, "batch_size": 4, "samples_find_deep": True, "save_cpu_ram": True, "cache": False}
+COMMON = {
+    "cuda": False,
+    "verbose": False,
+    "batch_size": 4,
+    "samples_find_deep": True,
+    "save_cpu_ram": True,
+    "cache": False,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +165,9 @@ def test_dinov2_features_equal_theirs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load", lambda *names: (asked.append(names), ours.network.model)[1])
     theirs = fidelity._module("feature_extractor_dinov2").FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
     images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert torch.equal(ours(images).features, theirs(images)[0]) and asked == [("facebookresearch/dinov2", "dinov2_vits14")]
+    assert torch.equal(ours(images).features, theirs(images)[0]) and asked == [
+        ("facebookresearch/dinov2", "dinov2_vits14")
+    ]
     with pytest.raises(UserError, match="'dinov2-vit-s-14' has no weights"):
         extractor_spec("dinov2-vit-s-14", None, None, tmp_path)
     with pytest.raises(DataError, match="set 'sha256' beside its name"):

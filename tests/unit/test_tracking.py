@@ -97,9 +97,7 @@ def test_disabled_does_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pyte
     fake_client(tmp_path / "fake", monkeypatch, f"open({str(tmp_path / 'imported')!r}, 'w')")
     write_rows(run, 1, None, 64)
     mirror = publish(run, 64, "disabled")
-    assert (
-        mirror.problem is None and not (run.path / "wandb").exists() and not (tmp_path / "imported").exists()
-    )
+    assert mirror.problem is None and not (run.path / "wandb").exists() and not (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -122,9 +120,7 @@ def test_not_installed_is_said_once(
 def test_a_client_that_hangs_does_not_make_the_trainer_wait(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fake_client(
-        tmp_path / "fake", monkeypatch, "import time; Settings = dict\ndef init(**k): time.sleep(600)"
-    )
+    fake_client(tmp_path / "fake", monkeypatch, "import time; Settings = dict\ndef init(**k): time.sleep(600)")
     write_rows(run, 1, None, 64)
     mirror = WandbMirror(run, Settings())
     started = time.monotonic()
@@ -160,9 +156,7 @@ def test_a_client_that_fails_is_left_alone_for_a_while(
 
 
 @needs_wandb
-def test_each_row_once_or_a_new_run(
-    run: RunFolder, server: WandbServer, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_each_row_once_or_a_new_run(run: RunFolder, server: WandbServer, capfd: pytest.CaptureFixture[str]) -> None:
     write_rows(run, 1, None, 64, 128, 192, 256)
     assert publish(run, 192).problem is None
     assert check_mirror(server, run, upto=192) == 3  # 256 is not committed
@@ -248,9 +242,7 @@ def test_one_history_over_kills_and_absences(run: RunFolder, server: WandbServer
         process.stdout.close()
 
     def sent() -> int:
-        return (
-            len(server.history("digits", run_id(run))) if (run.path / "wandb" / "mirror.json").exists() else 0
-        )
+        return len(server.history("digits", run_id(run))) if (run.path / "wandb" / "mirror.json").exists() else 0
 
     attempt(1, 23, "killed", until=lambda: sent() > 0)  # rows 21 ... 23 are undone
     assert 0 < sent() <= 20
@@ -298,9 +290,7 @@ def test_offline_folders_complete_one_history(
     publish(run, 256, "offline")
     (folder,) = offline_folders(run)
     assert f"wandb sync {folder}" in capfd.readouterr().err
-    half_written = (
-        run.path / "wandb" / f"offline-run-20200101_000000-{run_id(run)}"
-    )  # by a publisher that was killed
+    half_written = run.path / "wandb" / f"offline-run-20200101_000000-{run_id(run)}"  # by a publisher that was killed
     half_written.mkdir()
     publish(run, 256, "offline")
     assert offline_folders(run) == [folder] and server.operations == []

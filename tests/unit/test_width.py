@@ -122,7 +122,9 @@ def test_ranks_of_srun_and_torchrun_are_counted_before_an_attempt_is_claimed(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     resolved = experiments.resolved(*WIDE, "train.width=[1,2]")
-    with pytest.raises(UserError, match=r"this attempt has 3 ranks, and 'train.width' allows \[1, 2\]; start 2 of them"):
+    with pytest.raises(
+        UserError, match=r"this attempt has 3 ranks, and 'train.width' allows \[1, 2\]; start 2 of them"
+    ):
         train.run_train(run, resolved, tmp_path, StopToken(run))
     assert list(run.journal.iterdir()) == []
 

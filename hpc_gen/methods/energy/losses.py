@@ -30,9 +30,7 @@ VARIANCE_WEIGHT = 0.1
 
 def landscape_of(model: PureDiffusion, t_B: Tensor, y_B: Tensor) -> Landscape:
     """The model's energy at fixed timesteps and classes."""
-    return Landscape(
-        energy=lambda x: model.energy(x, t_B, y_B), slope=lambda x: model.energy_and_noise(x, t_B, y_B)
-    )
+    return Landscape(energy=lambda x: model.energy(x, t_B, y_B), slope=lambda x: model.energy_and_noise(x, t_B, y_B))
 
 
 def negatives(

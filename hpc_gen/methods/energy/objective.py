@@ -172,9 +172,7 @@ class EnergyDiffusion:
         if self._refines:
             noise = draws["refinement_noise"]
             *_, energies_KB = refinement_path(self.model, self.diffusion, config, x0, t_B, y_B, noise)
-            counts_B = inner_step_counts(
-                t_B, self.diffusion.num_timesteps, INNER_STEPS_TRAINING, config.step_group
-            )
+            counts_B = inner_step_counts(t_B, self.diffusion.num_timesteps, INNER_STEPS_TRAINING, config.step_group)
             values["refinement"] = refinement_errors(energies_KB, counts_B, config)
             values["step_size"] = self.model.alpha.detach().expand(len(t_B))
         return Losses(

@@ -237,7 +237,8 @@ class Feed:
     """A thread that gathers rows of a table in host memory, draws noise and pins both, four batches ahead."""
 
     def __init__(self, shape: Shape, batch: int, device: torch.device) -> None:
-        self._table = torch.randn(2048, shape.channels, shape.side, shape.side, generator=torch.Generator().manual_seed(0))
+        size, generator = (2048, shape.channels, shape.side, shape.side), torch.Generator().manual_seed(0)
+        self._table = torch.randn(size, generator=generator)
         self._batch, self._device, self.wait_s = batch, device, 0.0
         self._ready: queue.Queue[tuple[Tensor, ...]] = queue.Queue(4)
         self._over = False
@@ -346,7 +347,7 @@ def seeded(shape: Shape, energy: bool) -> Objective:
 # ---------------------------------------------------------------- one case
 
 
-def run(case: Case, shape: Shape, device: torch.device, seconds: float, most_steps: int, folder: Path) -> dict[str, Any]:
+def run(case: Case, shape: Shape, device: torch.device, seconds: float, most: int, folder: Path) -> dict[str, Any]:
     """Warm up, then train for about `seconds`; a save in the middle."""
     objective = seeded(shape, case.variant == "energy").to(device)
     if device.type == "cuda":
@@ -375,7 +376,7 @@ def run(case: Case, shape: Shape, device: torch.device, seconds: float, most_ste
             step()
         synchronize()
         feed.wait_s, stall, steps, begun = 0.0, 0.0, 0, time.perf_counter()
-        while steps < most_steps and (steps < 2 or time.perf_counter() - begun < seconds):
+        while steps < most and (steps < 2 or time.perf_counter() - begun < seconds):
             step()
             steps += 1
         synchronize()

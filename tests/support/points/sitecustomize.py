@@ -72,7 +72,9 @@ def pause(point: str) -> None:
 # ---------------------------------------------------------------- points
 
 
-def _before(module: ModuleType, owner: str | None, function: str, point: str, ranks: Sequence[int] | None, at: int) -> None:
+def _before(
+    module: ModuleType, owner: str | None, function: str, point: str, ranks: Sequence[int] | None, at: int
+) -> None:
     """Pause in front of call number `at` (from 1) of a function, on the ranks named; None: on all."""
     holder = module if owner is None else getattr(module, owner)
     real, calls = getattr(holder, function), [0]
@@ -92,7 +94,11 @@ def _before_rename(module: ModuleType, point: str) -> None:
     done = [False]
 
     def held(source: Any, target: Any) -> None:
-        if not done[0] and os.path.basename(os.path.dirname(target)) == "checkpoints" and os.path.basename(target).isdigit():
+        if (
+            not done[0]
+            and os.path.basename(os.path.dirname(target)) == "checkpoints"
+            and os.path.basename(target).isdigit()
+        ):
             done[0] = True
             pause(point)
         real(source, target)
