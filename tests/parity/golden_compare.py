@@ -87,10 +87,11 @@ def compare(
         checked += 1
         if rule["rule"] == "info":
             continue
-        if path not in produced.json:
+        ours = _produced_at(produced.json, path)
+        if ours is _ABSENT:
             failures.append(f"json {path}: not produced by the handler")
             continue
-        failures += [f"json {line}" for line in json_differences(produced.json[path], value, rule, path)]
+        failures += [f"json {line}" for line in json_differences(ours, value, rule, path, rules)]
     if not checked:
         raise GoldenError("the case has nothing to compare: no out.* or grad.* tensors and no rule on its JSON")
     return failures
@@ -109,7 +110,8 @@ def _asks_for(glob: str, name: str) -> bool:
 def json_targets(record: Mapping[str, Any], rules: Sequence[Rule]) -> Iterator[tuple[str, Rule, Any]]:
     """(path, rule, expected value) of every value that a JSON rule speaks of; the first matching rule wins.
 
-    A value inside one that is already taken is not compared again. Raises GoldenError when a rule names nothing.
+    A value inside one that is already taken is not compared again; one that a rule before its parent's took keeps that
+    rule in `json_differences`. Raises GoldenError when a rule names nothing.
     """
     paths = dict(_paths(record))
     taken: set[str] = set()
@@ -124,6 +126,19 @@ def json_targets(record: Mapping[str, Any], rules: Sequence[Rule]) -> Iterator[t
             if not parents & taken:
                 taken.add(path)
                 yield path, rule, paths[path]
+
+
+_ABSENT = object()
+
+
+def _produced_at(produced: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, given as such or inside an object that was produced as a whole; or _ABSENT."""
+    if path in produced:
+        return produced[path]
+    for name, value in produced.items():
+        if path.startswith(name + ".") and isinstance(value, Mapping):
+            return _produced_at(value, path[len(name) + 1 :])
+    return _ABSENT
 
 
 def _paths(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,14 +219,20 @@ def _broken(gap: NDArray[np.float64], b: NDArray[Any], rule: Rule) -> str | None
     return f"{fraction:.4g} of the values differ, above {rule['max_fraction']}" if above else None
 
 
-def json_differences(a: Any, b: Any, rule: Rule, path: str) -> list[str]:
-    """Differences of two JSON values under a rule, recursively; keys and lengths must be equal, text exactly so."""
+def json_differences(a: Any, b: Any, rule: Rule, path: str, rules: Sequence[Rule] = ()) -> list[str]:
+    """Differences of two JSON values under a rule, recursively; keys and lengths must be equal, text exactly so.
+
+    `rules`: all of the case; inside an object those that stand before `rule` and name a value take it.
+    """
     if isinstance(b, Mapping):
         if not isinstance(a, Mapping):
             return [f"{path}: {_short(a)} instead of an object"]
-        if set(a) != set(b):
-            return [f"{path}: keys differ: {sorted(map(str, set(a) ^ set(b)))}"]
-        return [line for key in b for line in json_differences(a[key], b[key], rule, f"{path}.{key}")]
+        own = {key: _rule_inside(f"{path}.{key}", rule, rules) for key in b}
+        free = {key for key, each in own.items() if each["rule"] == "info"}
+        if set(a) | free != set(b):
+            return [f"{path}: keys differ: {sorted(map(str, (set(a) | free) ^ set(b)))}"]
+        checked = (key for key in b if key not in free)
+        return [line for key in checked for line in json_differences(a[key], b[key], own[key], f"{path}.{key}", rules)]
     if isinstance(b, (list, tuple)):
         if not isinstance(a, (list, tuple)) or len(a) != len(b):
             return [f"{path}: {_short(a)} instead of a list of {len(b)}"]
@@ -223,6 +244,16 @@ def json_differences(a: Any, b: Any, rule: Rule, path: str) -> list[str]:
         found = _difference(np.asarray([a]), np.asarray([b]), rule)
         return [f"{path}: {found}"] if found else []
     return [] if type(a) is type(b) and a == b else [f"{path}: {_short(a)} instead of {_short(b)}"]
+
+
+def _rule_inside(path: str, rule: Rule, rules: Sequence[Rule]) -> Rule:
+    """The rule of a value inside an object that `rule` took: an earlier one that names it, else the object's."""
+    for each in rules:
+        if each is rule:
+            break
+        if "json" in each and fnmatchcase(path, each["json"]):
+            return each
+    return rule
 
 
 def _is_number(value: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from golden_compare import Produced
-from golden_files import PARITY_FOLDER, REPOSITORY, Case, OfficialModel
+from golden_files import PARITY_FOLDER, REPOSITORY, Case, GoldenError, OfficialModel
 
 
 class NotHandled(Exception):
@@ -71,6 +71,22 @@ def official_handler(model: OfficialModel) -> OfficialHandler:
     raise NotHandled(f"no handler for official model '{model.name}' of {model.method}")
 
 
+def known_keys(words: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuse a section of a case's config with a key that its handler does not read; raises GoldenError.
+
+    A key that nobody reads would be an option that is not tested, however well the numbers agree.
+    """
+    if unknown := sorted(set(words) - set(known)):
+        raise GoldenError(f"{where} has {', '.join(map(repr, unknown))}, which its handler does not know")
+
+
+def constants(words: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Refuse a case that gives something else than we have built in (eps of a norm, groups); raises GoldenError."""
+    for key, ours in expected.items():
+        if key in words and words[key] != ours:
+            raise GoldenError(f"{where} says {key} = {words[key]!r}, ours is {ours!r} and cannot be chosen")
+
+
 def has_method_folder(owner: str) -> bool:
     """Whether hpc_gen/methods/OWNER exists."""
     return (REPOSITORY / "hpc_gen" / "methods" / owner / "__init__.py").is_file()
@@ -100,6 +116,7 @@ def official_differences(facts: ModelFacts, record: dict[str, Any]) -> list[str]
     pairs = (
         ("params", facts.num_params),
         ("trainable", facts.num_trainable),
+        ("trainable_params", facts.num_trainable),
         ("buffers", list(facts.buffers)),
         ("frozen", list(facts.frozen)),
     )

@@ -175,6 +175,21 @@ def test_json_paths_are_dotted_globs_and_the_first_rule_wins() -> None:
     assert compare(Produced(json={"config": {"x": {"u": 1, "v": 2}}}), {}, whole, record) == []
 
 
+def test_a_rule_for_a_value_inside_wins_over_a_later_one_for_the_whole() -> None:
+    record = {"x": {"u": 1.0, "v": {"w": 2.0}}}
+    loose = {"json": "x.v.w", "rule": "allclose", "rtol": 0.0, "atol": 1.0}
+    whole = {"json": "x", "rule": "exact"}
+    found = {"x": {"u": 1.0, "v": {"w": 2.5}}}
+    assert compare(Produced(json=found), {}, [loose, whole], record) == []
+    assert compare(Produced(json=found), {}, [whole, loose], record) == ["json x.v.w: " + EXACT_HALF]
+    info = {"json": "x.v", "rule": "info"}
+    assert compare(Produced(json={"x": {"u": 1.0}}), {}, [info, whole], record) == []
+    assert compare(Produced(json={"x": {"u": 1.0, "z": 0}}), {}, [info, whole], record)
+
+
+EXACT_HALF = "exact broken: 1 of 1 values differ; largest difference 0.5 at [0] (2.5 instead of 2.0)"
+
+
 @pytest.mark.parametrize(("ours", "golden"), [(1, True), (True, 1), ("1", 1), (None, 0), (1, None), ([1], 1)])
 def test_json_types_are_not_mixed(ours: Any, golden: Any) -> None:
     assert json_differences(ours, golden, {"rule": "exact"}, "x")
