@@ -7,14 +7,15 @@ public protocol of the method (draws in, loss terms or samples out) with the cas
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from golden_compare import Produced
 from golden_files import Case, GoldenError, OfficialModel
-from golden_handling import ModelFacts, handles, handles_official
+from golden_handling import ModelFacts, constants, handles, handles_official, known_keys
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_gen.diffusion.gaussian import GaussianDiffusion, linear_betas, named_betas
@@ -50,12 +51,23 @@ def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
 
 
+# The reference's words that a case may use. Those of the second line do not change what a case computes: the step size
+# is in the weights, the rest is how the weights were made, what is logged, and what the reference never uses.
+NEUTRAL_WORDS = (
+    "hidden", "depth", "heads", "latent", "in_channels", "num_classes", "T", "mlp_ratio", "patch_size",
+    "steps", "cfg_scale", "clip_denoised", "use_energy", "use_innerloop_opt", "always_accept_opt_steps",
+    "energy_gradient_multiplier", "linear_then_mean", "mcmc_step_size", "learnable_mcmc_step_size",
+    "mcmc_refinement_loss_scale", "supervise_energy_landscape", "contrasive_loss_scale",
+)  # fmt: skip
+INERT_WORDS = ("head_scale", "log_energy_accept_rate", "wandb_log_mse_only", "mcmc_step_size_lr_multiplier")
+
+
 def _config(case: Case, parameters: Mapping[str, Tensor], batch: int = 1) -> EnergyConfig:
     """The method's config from the neutral words of the case; losses are coupled over a whole `batch`, as there."""
     neutral: dict[str, Any] = case.record["config"]["neutral"]
     reference: dict[str, Any] = case.record["config"].get("reference", {})
-    # The reference picks its patch size by model name and ignores the option, so the weights know it best.
-    patch_size = neutral.get("patch_size", parameters["dit.x_embedder.proj.weight"].shape[-1])
+    known_keys(neutral, (*NEUTRAL_WORDS, *INERT_WORDS), "config.neutral")
+    constants(reference, {"learn_sigma": False}, "config.reference")
     return EnergyConfig(
         variant="energy" if neutral.get("use_energy") else "standard",
         energy=_head(neutral, case.record, batch) if neutral.get("use_energy") else EnergyHeadConfig(),
@@ -63,7 +75,8 @@ def _config(case: Case, parameters: Mapping[str, Tensor], batch: int = 1) -> Ene
         image_size=neutral["latent"],
         tokenizer_stride=1,
         channels=neutral["in_channels"],
-        patch_size=patch_size,
+        # The reference picks its patch size by model name and ignores the option, so the weights know it.
+        patch_size=parameters["dit.x_embedder.proj.weight"].shape[-1],
         hidden=neutral["hidden"],
         depth=neutral["depth"],
         heads=neutral["heads"],
@@ -79,7 +92,6 @@ def _head(neutral: Mapping[str, Any], record: Mapping[str, Any], batch: int) -> 
     supervised = neutral.get("supervise_energy_landscape", False)
     # The reference's contrast walks with its step size when that is learnable, else with a constant.
     contrastive_step = None if learnable else record.get("step_size", 0.01)
-    inner = neutral.get("use_innerloop_opt", False)
     return EnergyHeadConfig(
         grad_multiplier=neutral.get("energy_gradient_multiplier", 1.0),
         linear_then_mean=neutral.get("linear_then_mean", False),
@@ -89,10 +101,15 @@ def _head(neutral: Mapping[str, Any], record: Mapping[str, Any], batch: int) -> 
         refinement="reference",
         contrastive_weight=neutral.get("contrasive_loss_scale", 0.05) if supervised else 0.0,
         contrastive_step_size=contrastive_step,
-        always_accept=inner and neutral.get("always_accept_opt_steps", False),
+        always_accept=_always_accepts(neutral),
         inner_clamp="signal",
         step_group=batch,
     )
+
+
+def _always_accepts(neutral: Mapping[str, Any]) -> bool:
+    """The reference skips the acceptance test only where both flags are set."""
+    return bool(neutral.get("use_innerloop_opt", False) and neutral.get("always_accept_opt_steps", False))
 
 
 def _method(case: Case, tensors: Mapping[str, Tensor]) -> EnergyDiffusion:
@@ -193,11 +210,19 @@ def pd_loss_contrastive(case: Case) -> Produced:
     return Produced({**out, "out.loss": per_sample.mean(), **_gradients(method)})
 
 
+def _refinement_is_known(case: Case) -> None:
+    """The reference tests the steps of this loss where `use_innerloop_opt` is not set; ours takes every step."""
+    neutral = case.record["config"]["neutral"]
+    if neutral.get("learnable_mcmc_step_size") and not neutral.get("use_innerloop_opt"):
+        raise GoldenError("a refinement loss with the acceptance test (without use_innerloop_opt) is not ours")
+
+
 @handles("energy", "pd_loss_refinement")
 def pd_loss_refinement(case: Case) -> Produced:
     """The walk with its graph, the refinement loss, and its gradients (the step size's among them)."""
     tensors = case.tensors()
     method = _method(case, tensors)
+    _refinement_is_known(case)
     config = method.config.energy
     x0, t, y, noise = (tensors[f"in.{name}"] for name in ("x0", "t", "y", "noise"))
     start, refined, energies = refinement_path(method.model, method.diffusion, config, x0, t, y, noise)
@@ -213,6 +238,7 @@ def pd_loss_total(case: Case) -> Produced:
     """The whole training loss through the method's objective, weighted as the engine weights it."""
     tensors = case.tensors()
     method = _method(case, tensors)
+    _refinement_is_known(case)
     turn = method.turns(0, 0)[TURN]
     order = ("t", "noise", "contrastive_noise", "perturbation", "refinement_noise")
     drawn = sorted(name for name in tensors if name.startswith("in.draw_"))
@@ -247,13 +273,19 @@ def pd_opt_step(case: Case) -> Produced:
         out[f"out.accepted{suffix}"] = torch.tensor(int(trace.accepted))
         out[f"out.total{suffix}"] = torch.tensor(int(trace.tested))
     for name, value in tensors.items():
-        if match := re.fullmatch(r"out\.energy_trajectory_(\d+)_always", name):
-            counts = torch.full_like(t, int(match[1]))
+        match = re.fullmatch(r"out\.(energy_trajectory|x_ascent)_(\d+)(_always)?", name)
+        if match is None:
+            continue
+        counts, always = torch.full_like(t, int(match[2])), match[3] is not None
+        if match[1] == "x_ascent":
+            out[name] = descend(landscape, x, counts, Descent(size, always, uphill=True), bound=bound)
+        elif always:
             with torch.no_grad():
                 out[name] = descend_with_graph(landscape, x, counts, Descent(size), bound=bound)[1].view_as(value)
-        elif match := re.fullmatch(r"out\.x_ascent_(\d+)_always", name):
-            counts = torch.full_like(t, int(match[1]))
-            out[name] = descend(landscape, x, counts, Descent(size, True, uphill=True), bound=bound)
+        else:
+            every = (torch.full_like(t, k) for k in range(int(match[2])))
+            visited = [descend(landscape, x, each, Descent(size), bound=bound) for each in every]
+            out[name] = torch.stack([landscape.energy(each).detach() for each in visited]).view_as(value)
     return Produced(out)
 
 
@@ -263,14 +295,15 @@ def pd_sample(case: Case) -> Produced:
     tensors = case.tensors()
     neutral = case.record["config"]["neutral"]
     method = _method(case, tensors)
+    scale = neutral.get("cfg_scale", 1.0)  # with guidance the reference leaves the inner loop out
     settings = SamplingSettings(
         steps=neutral["steps"],
-        guidance=neutral.get("cfg_scale", 1.0),
+        guidance=scale,
         clip_denoised=neutral.get("clip_denoised", True),
-        inner_loop=neutral.get("use_innerloop_opt", False) and neutral.get("use_energy", False),
+        inner_loop=bool(neutral.get("use_innerloop_opt") and neutral.get("use_energy") and scale == 1.0),
         inner_t="index",
         inner_clamp="signal",
-        always_accept=neutral.get("always_accept_opt_steps", False),
+        always_accept=_always_accepts(neutral),
     )
     if "in.timestep_map" in tensors:
         ours, theirs = (
@@ -286,16 +319,25 @@ def pd_sample(case: Case) -> Produced:
         raise AssertionError(f"the sampler polled {len(polls)} times in {len(states)} steps")
     curves = method.take_curves()
     out = {"out.trajectory": torch.stack(states), "out.sample": method.generate(*arguments)}
-    if "energy_accept_rate" in curves:
-        rate = curves["energy_accept_rate"]
-        out["out.accepted"], out["out.total"] = torch.tensor(int(rate.sums[0])), torch.tensor(int(rate.counts[0]))
+    rate = curves.get("energy_accept_rate")  # where no step was tested, both counts are 0
+    out["out.accepted"] = torch.tensor(int(rate.sums[0]) if rate else 0)
+    out["out.total"] = torch.tensor(int(rate.counts[0]) if rate else 0)
     return Produced(out)
+
+
+# Tables of the reference that follow from alpha_bar, which we have no name for.
+DERIVED_TABLES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "alphas_cumprod_prev": lambda bar: np.append(1.0, bar[:-1]),
+    "alphas_cumprod_next": lambda bar: np.append(bar[1:], 0.0),
+    "log_one_minus_alphas_cumprod": lambda bar: np.log(1.0 - bar),
+}
 
 
 @handles("energy", "diffusion_tables")
 def diffusion_tables(case: Case) -> Produced:
     """Every table of full and respaced chains, as named in the case's config."""
     config = case.record["config"]
+    known_keys(config, ("schedules", "respaced"), "config")
     chains: dict[str, GaussianDiffusion] = {}
     for name, (schedule, num_timesteps) in config.get("schedules", {}).items():
         chains[name] = GaussianDiffusion(named_betas(schedule, num_timesteps))
@@ -306,7 +348,9 @@ def diffusion_tables(case: Case) -> Produced:
         _, chain, table = name.split(".")
         if chain not in chains:
             raise GoldenError(f"{name} belongs to no schedule of the case's config")
-        out[name] = torch.from_numpy(np.asarray(getattr(chains[chain], table)))
+        derived = DERIVED_TABLES.get(table)
+        found = derived(chains[chain].alphas_cumprod) if derived else getattr(chains[chain], table)
+        out[name] = torch.from_numpy(np.asarray(found))
     return Produced(out)
 
 
@@ -314,6 +358,9 @@ def diffusion_tables(case: Case) -> Produced:
 def schedules_misc(case: Case) -> Produced:
     """Learning rates, EMA, evaluation layout, inner-loop steps and clamp, and weight-decay groups."""
     tensors, config = case.tensors(), case.record["config"]
+    known_keys(config, ("lr", "ema_rate", "eval", "adaptive", "weight_decay"), "config")
+    known_keys(config.get("adaptive", {}), ("T",), "config.adaptive")
+    known_keys(config.get("eval", {}), ("num_images", "classes", "batch", "world", "steps"), "config.eval")
     out = {**_learning_rates(config.get("lr", {}), tensors), **_averages(config, tensors)}
     if "eval" in config:
         out.update(_evaluation(config["eval"]))
@@ -329,14 +376,18 @@ def schedules_misc(case: Case) -> Produced:
     return Produced(out, {"weight_decay_groups": {name: _regrouped(listed, config) for name, listed in groups.items()}})
 
 
+LR_WORDS = ("schedule", "epochs", "warmup_epochs", "blr", "lr", "batch_per_gpu", "world", "grad_accu", "min_lr")
+
+
 def _learning_rates(runs: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from hpc_gen.training.schedules import learning_rate, peak_learning_rate
 
     epoch_images = 2**20  # any length of an epoch gives the same rates; a power of two also gives the same last bits
     out = {}
     for name, run in runs.items():
+        known_keys(run, LR_WORDS, f"config.lr.{name}")
         global_batch = run["batch_per_gpu"] * run["world"] * run["grad_accu"]
-        peak = peak_learning_rate(lr=run.get("lr"), blr=run["blr"], global_batch=global_batch)
+        peak = peak_learning_rate(lr=run.get("lr"), blr=run.get("blr"), global_batch=global_batch)
         rates = [
             learning_rate(
                 epoch * epoch_images,
@@ -402,15 +453,16 @@ def crop_resize(case: Case) -> Produced:
     """Centre crop, resize, conversion to a tensor, and its mirror image."""
     from PIL import Image
 
-    from hpc_gen.data.images import center_crop, resize, to_tensor_normalized
+    from hpc_gen.data.images import center_crop, resize, to_rgb, to_tensor_normalized
 
     tensors, neutral = case.tensors(), case.record["config"]["neutral"]
+    known_keys(neutral, ("img_size", "effective_img_size", "sizes_wh"), "config.neutral")
     out = {}
     for name, value in tensors.items():
         if not name.startswith("in.image"):
             continue
         number = name.removeprefix("in.image")
-        cropped = center_crop(Image.fromarray(value.numpy()), neutral["img_size"])
+        cropped = center_crop(to_rgb(Image.fromarray(value.numpy())), neutral["img_size"])
         resized = resize(cropped, neutral["effective_img_size"])
         pixels = to_tensor_normalized(resized)
         out[f"out.crop{number}"] = torch.from_numpy(np.asarray(cropped).copy())
@@ -423,6 +475,7 @@ def crop_resize(case: Case) -> Produced:
 def pure_diffusion(model: OfficialModel) -> ModelFacts:
     """A published size on KL16 latents (stride 16, 16 channels, 1000 ImageNet classes) at the record's image size."""
     config = model.record["config"]
+    known_keys(config, ("img_size", "use_energy", "learnable_mcmc_step_size", "num_classes"), "config")
     size = model.name.split("_")[2]
     if size not in SIZES:
         raise GoldenError(f"'{model.name}' names size '{size}', known sizes: {', '.join(SIZES)}")
