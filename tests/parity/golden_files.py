@@ -96,6 +96,16 @@ def roots() -> list[Path]:
     return [PARITY_FOLDER / "golden"] + ([shared] if shared.is_dir() else [])
 
 
+def samples(method: str, name: str) -> list[Path]:
+    """Files or folders METHOD/NAME that are no case but belong to one (shards, a zip); none under HPC_GEN_GOLDEN when
+    the folder that it names has none. The shipped ones must be there, so a suite without them does not pass as whole.
+    """
+    shipped = PARITY_FOLDER / "golden" / method / name
+    if not shipped.exists():
+        raise GoldenError(f"{shipped} is not in this checkout")
+    return [root / method / name for root in roots() if (root / method / name).exists()]
+
+
 def _first_of_each(found: list[Found]) -> list[Found]:
     """Without repetitions: the shipped cases are copies of shared ones."""
     return list({(item.method, item.name): item for item in reversed(found)}.values())[::-1]

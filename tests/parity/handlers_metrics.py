@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from golden_compare import Produced
 from golden_files import Case
-from golden_handling import handles
+from golden_handling import constants, handles, known_keys
 from torch import Tensor
 
 from hpc_gen.metrics import isc, prc, statistics
@@ -33,7 +33,9 @@ def _stored(moments: Moments) -> Gaussian:
 @handles("gdd", "fid_stats")
 def fid_stats(case: Case) -> Produced:
     """Statistics of both sets, and their distance with one of them read from a file."""
-    tensors = case.tensors()
+    tensors, config = case.tensors(), case.record["config"]
+    known_keys(config, ("n", "dim"), "config")
+    constants(config, dict(zip(("n", "dim"), tensors["in.features"].shape, strict=True)), "config")
     samples, reference = _moments(tensors["in.features"]), _moments(tensors["in.features_ref"])
     return Produced(
         {
@@ -52,6 +54,9 @@ def inception_score_and_manifolds(case: Case) -> Produced:
     tensors, config = case.tensors(), case.record["config"]
     k = config["k"]
     samples, reference = tensors["in.sample"], tensors["in.ref"]
+    known_keys(config, ("split_size", "k", "dim", "n_ref", "n_sample"), "config")
+    sizes = {"dim": samples.shape[1], "n_ref": len(reference), "n_sample": len(samples)}
+    constants(config, sizes, "config")
     score, _ = isc.score_in_order(tensors["in.probs"], config["split_size"])
     precision, recall = prc.precision_recall(samples, reference, k)
     found = {
@@ -70,8 +75,9 @@ def inception_score_and_manifolds(case: Case) -> Produced:
 
 @handles("dim", "fid_distance")
 def fid_distance(case: Case) -> Produced:
-    """Three pairs of sets, the last with fewer images than features."""
+    """Pairs of sets, some with fewer images than features."""
     tensors = case.tensors()
+    known_keys(case.record["config"], (), "config")
     found: dict[str, Tensor] = {}
     for name in sorted(name for name in tensors if name.startswith("in.features_a_")):
         number = name.removeprefix("in.features_a_")
@@ -86,6 +92,7 @@ def fid_distance(case: Case) -> Produced:
 def ema_and_frechet(case: Case) -> Produced:
     """The average over the updates, statistics of a set, a distance."""
     tensors = case.tensors()
+    known_keys(case.record["config"], ("decay",), "config")
     average, averages = tensors["in.ema0"].clone(), []
     for parameters in tensors["in.params"]:
         update_ema_([average], [parameters], case.record["config"]["decay"])

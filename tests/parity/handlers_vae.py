@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from golden_compare import Produced
 from golden_files import Case, OfficialModel
-from golden_handling import ModelFacts, handles, handles_official
+from golden_handling import ModelFacts, constants, handles, handles_official, known_keys
 from torch import Tensor
 
 from hpc_gen.config.kl_vae import KlVaeConfig
@@ -26,11 +26,22 @@ from hpc_gen.tokenizers.kl_vae_model import KlAutoencoder, to_pixels
 # The scale is a constant of the energy reference, in its notes alone; dim has it in its config, gmem has none here.
 ENERGY_SCALE = PRESETS["kl16"].scale
 
+DIM_WORDS = ("base_channels", "multipliers", "res_blocks_per_level", "z_channels", "scale_factor")
+DIM_CONSTANTS = {
+    "attention_only_in_middle": True, "group_norm_groups": 32, "group_norm_eps": 1e-6, "logvar_clamp": [-30, 20],
+}  # fmt: skip
+ENERGY_WORDS = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z", "scale")
+GMEM_WORDS = (
+    "base_channels", "channel_mult", "res_blocks", "latent_channels", "nominal_resolution",
+    "attention_at_nominal_resolution", "input",
+)  # fmt: skip
+
 
 def _config(method: str, config: Mapping[str, Any]) -> tuple[KlVaeConfig, float]:
     """Architecture and latent scale in our words, from the words of the case's folder."""
     if method == "dim":
-        assert config["attention_only_in_middle"], "dim has attention in the middle only"
+        known_keys(config, (*DIM_WORDS, *DIM_CONSTANTS), "config")
+        constants(config, DIM_CONSTANTS, "config")
         z = config["z_channels"]
         return KlVaeConfig(
             ch=config["base_channels"],
@@ -41,6 +52,8 @@ def _config(method: str, config: Mapping[str, Any]) -> tuple[KlVaeConfig, float]
         ), config["scale_factor"]
     words: Mapping[str, Any] = config["neutral"]
     if method == "energy":
+        known_keys(words, ENERGY_WORDS, "config.neutral")
+        constants(config.get("reference", {}), {"dropout": 0.0, "resamp_with_conv": True, "double_z": True}, "config")
         return KlVaeConfig(
             ch=words["ch"],
             ch_mult=words["ch_mult"],
@@ -50,6 +63,7 @@ def _config(method: str, config: Mapping[str, Any]) -> tuple[KlVaeConfig, float]
             z_channels=words["z"],
             embed_dim=words["z"],
         ), words.get("scale", ENERGY_SCALE)
+    known_keys(words, GMEM_WORDS, "config.neutral")
     return KlVaeConfig(
         ch=words["base_channels"],
         ch_mult=words["channel_mult"],
