@@ -99,6 +99,8 @@ def _head(neutral: Mapping[str, Any], record: Mapping[str, Any], batch: int) -> 
         learnable_step_size=learnable,
         refinement_weight=neutral.get("mcmc_refinement_loss_scale", 0.1),
         refinement="reference",
+        # The reference takes every step of this loss only where sampling has the inner loop.
+        refinement_test=learnable and not neutral.get("use_innerloop_opt", False),
         contrastive_weight=neutral.get("contrasive_loss_scale", 0.05) if supervised else 0.0,
         contrastive_step_size=contrastive_step,
         always_accept=_always_accepts(neutral),
@@ -210,19 +212,11 @@ def pd_loss_contrastive(case: Case) -> Produced:
     return Produced({**out, "out.loss": per_sample.mean(), **_gradients(method)})
 
 
-def _refinement_is_known(case: Case) -> None:
-    """The reference tests the steps of this loss where `use_innerloop_opt` is not set; ours takes every step."""
-    neutral = case.record["config"]["neutral"]
-    if neutral.get("learnable_mcmc_step_size") and not neutral.get("use_innerloop_opt"):
-        raise GoldenError("a refinement loss with the acceptance test (without use_innerloop_opt) is not ours")
-
-
 @handles("energy", "pd_loss_refinement")
 def pd_loss_refinement(case: Case) -> Produced:
     """The walk with its graph, the refinement loss, and its gradients (the step size's among them)."""
     tensors = case.tensors()
     method = _method(case, tensors)
-    _refinement_is_known(case)
     config = method.config.energy
     x0, t, y, noise = (tensors[f"in.{name}"] for name in ("x0", "t", "y", "noise"))
     start, refined, energies = refinement_path(method.model, method.diffusion, config, x0, t, y, noise)
@@ -238,7 +232,6 @@ def pd_loss_total(case: Case) -> Produced:
     """The whole training loss through the method's objective, weighted as the engine weights it."""
     tensors = case.tensors()
     method = _method(case, tensors)
-    _refinement_is_known(case)
     turn = method.turns(0, 0)[TURN]
     order = ("t", "noise", "contrastive_noise", "perturbation", "refinement_noise")
     drawn = sorted(name for name in tensors if name.startswith("in.draw_"))

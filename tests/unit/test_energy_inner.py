@@ -114,6 +114,21 @@ def test_the_walk_with_its_graph_is_the_same_walk() -> None:
     assert size.grad is not None and float(size.grad) < 0  # a longer step would have come lower
 
 
+def test_the_walk_with_its_graph_can_refuse_steps_uphill() -> None:
+    """As the reference's refinement loss walks where its sampling has no inner loop."""
+    x, counts = points(2), torch.tensor([3, 3])
+    land = bowl(torch.tensor([1.0, 5.0]))  # the second sample's step is uphill
+    size = torch.tensor(0.5, requires_grad=True)
+    end, energies = descend_with_graph(land, x, counts, Descent(size), tested=True)
+    torch.testing.assert_close(end.detach(), descend(land, x, counts, Descent(0.5)))
+    assert torch.equal(end[1].detach(), x[1]) and energies[0, 1] == energies[2, 1]
+    assert energies[2, 0] < energies[1, 0] < energies[0, 0]
+    energies[-1, 1].backward(retain_graph=True)
+    assert size.grad is None or float(size.grad) == 0.0  # a refused step teaches nothing
+    energies[-1, 0].backward()
+    assert size.grad is not None and float(size.grad) < 0
+
+
 def test_a_learned_step_size_never_turns_round() -> None:
     x = points(1)
     end = descend(bowl(torch.ones(1)), x, torch.tensor([1]), Descent(torch.tensor(-3.0)))

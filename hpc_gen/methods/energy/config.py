@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
-from hpc_gen.config.base import PositiveInt, Section
+from hpc_gen.config.base import WHEN_SET, PositiveInt, Section
 from hpc_gen.config.errors import KeyProblem
 
 
@@ -28,6 +28,9 @@ class EnergyHeadConfig(Section):
     """Weight of the refinement loss; used with a learnable step size only."""
     refinement: Literal["per_sample", "reference"] = "per_sample"
     """per_sample: mean over samples, erratic paths cost; reference: summed over `step_group`, erratic paths pay."""
+    refinement_test: bool | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """True: the walk of the refinement loss refuses steps uphill, as the reference's does where it samples without the
+    inner loop; else it takes every step."""
     contrastive_weight: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the contrastive loss on the energy landscape; 0 = off, the reference's value is 0.05."""
     contrastive_step_size: Annotated[float, Field(gt=0.0)] | None = None

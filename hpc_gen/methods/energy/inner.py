@@ -140,9 +140,17 @@ def descend(
 
 
 def descend_with_graph(
-    landscape: Landscape, x: Tensor, counts_B: Tensor, descent: Descent, *, bound: Tensor | None = None
+    landscape: Landscape,
+    x: Tensor,
+    counts_B: Tensor,
+    descent: Descent,
+    *,
+    bound: Tensor | None = None,
+    tested: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `descend` with every step taken, and differentiable all the way: (x, energies [K, B] before each step).
+    """As `descend`, and differentiable all the way: (x, energies [K, B] before each step).
+
+    Every step is taken unless `tested`, whatever `descent` says; the test itself is not differentiated.
 
     Entries of a sample beyond its own count repeat the energy of its last one, so differences there are zero.
     """
@@ -151,7 +159,11 @@ def descend_with_graph(
         inside_B = counts_B > k
         energy_B, noise = landscape.slope(x)
         energies.append(torch.where(inside_B, energy_B, energies[-1]) if energies else energy_B)
-        x = torch.where(_wide(inside_B, x), descent.step(x, noise, bound), x)
+        proposal = descent.step(x, noise, bound)
+        if tested:
+            with torch.no_grad():
+                inside_B = inside_B & ~(landscape.energy(proposal) > energy_B)
+        x = torch.where(_wide(inside_B, x), proposal, x)
     return x, torch.stack(energies)
 
 

@@ -97,6 +97,7 @@ def refinement_path(
         counts_B,
         Descent(model.alpha),
         bound=signal_bound(diffusion, t_B, start) if config.inner_clamp == "signal" else None,
+        tested=bool(config.refinement_test),
     )
     return start, refined, energies_KB
 
