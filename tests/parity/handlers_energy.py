@@ -59,7 +59,13 @@ NEUTRAL_WORDS = (
     "energy_gradient_multiplier", "linear_then_mean", "mcmc_step_size", "learnable_mcmc_step_size",
     "mcmc_refinement_loss_scale", "supervise_energy_landscape", "contrasive_loss_scale",
 )  # fmt: skip
-INERT_WORDS = ("head_scale", "log_energy_accept_rate", "wandb_log_mse_only", "mcmc_step_size_lr_multiplier")
+INERT_WORDS = (
+    "head_scale",
+    "class_dropout_prob",
+    "log_energy_accept_rate",
+    "wandb_log_mse_only",
+    "mcmc_step_size_lr_multiplier",
+)
 
 
 def _config(case: Case, parameters: Mapping[str, Tensor], batch: int = 1) -> EnergyConfig:
