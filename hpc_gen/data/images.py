@@ -45,7 +45,10 @@ def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, background: Sequence[int] = WHITE) -> Image.Image:
-    """Any 8-bit image as RGB, transparency composited on `background`. Raises DataError for deeper ones."""
+    """Any 8-bit image as RGB, transparency composited on `background`. Raises DataError for deeper ones.
+
+    Colour files of 16 bits come from Pillow as 8 bits already, by their high byte; grey ones would be clipped.
+    """
     if image.mode in _DEEP_MODES:
         raise DataError(f"image mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits first")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL
@@ -116,6 +118,20 @@ def test_damaged_inside() -> None:
     data[len(data) // 2] ^= 255
     with pytest.raises(DataError, match="not a readable image"):
         decode_image(bytes(data))
+
+
+def test_deep_colours_keep_their_high_byte() -> None:
+    """Pillow reads a colour PNG of 16 bits as one of 8; nothing is clipped, so it is taken."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    values = (np.arange(4 * 5 * 3) * 1091).astype(">u2").reshape(4, 5, 3)
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)  # 16 bits, red green blue
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    found = np.asarray(decode_image(b"\x89PNG\r\n\x1a\n" + b"".join(parts)))
+    assert np.array_equal(found, values >> 8)
 
 
 def test_deep_images_are_refused_not_clipped() -> None:
