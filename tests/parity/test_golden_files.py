@@ -22,7 +22,14 @@ from golden_files import (
     official_models,
     roots,
 )
-from golden_handling import ModelFacts, load_handlers, official_differences
+from golden_handling import (
+    ModelFacts,
+    UnreadWarning,
+    constants,
+    known_keys,
+    load_handlers,
+    official_differences,
+)
 from safetensors.torch import save_file
 
 FOLDER_TESTS = ("golden", "cache_sample", "edm_zip", "latent_files", "recognise")  # those that read golden folders
@@ -187,3 +194,11 @@ def test_damaged_unknown_and_expected_cases_in_a_whole_run(tmp_path: Path) -> No
     assert result.returncode == 1, result.stdout + result.stderr
     assert "2 failed" in result.stdout and "2 xfailed" in result.stdout, result.stdout
     assert "test_case[energy-broken]" in result.stdout and "test_case[energy-unknown]" in result.stdout
+
+
+def test_what_a_handler_does_not_read_is_said() -> None:
+    """Neither passes in silence: an option that nobody reads, and a constant that is not ours."""
+    with pytest.warns(UnreadWarning, match=r"config\.loss has 'huber'"):
+        known_keys({"weight": 1, "huber": 2}, ("weight",), "config.loss")
+    with pytest.warns(UnreadWarning, match=r"eps = 1e-05, ours is 1e-06"):
+        constants({"eps": 1e-5}, {"eps": 1e-6}, "config")
