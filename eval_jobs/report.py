@@ -116,7 +116,8 @@ class ReportWorker:
         return {str(folder / name): staging / name for name in files}
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Say where the page is."""
+        print(f"report: {self._run.report}", flush=True)
 
     def _text(self) -> str:
         if self._page is None:

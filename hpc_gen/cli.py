@@ -21,9 +21,11 @@ from hpc_gen.cli_parts import (
     WorldSize,
     end,
     example,
+    keep_saying,
     print_json,
     run_of,
     say,
+    stage_names,
     workspace_of,
 )
 from hpc_gen.cli_shards import shards_app
@@ -41,10 +43,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show experiments and the keys they may have.")
-
-
-def _names(stages: str | None) -> list[str] | None:
-    return [name for name in stages.split(",") if name] if stages else None
 
 
 @app.command(epilog=example("hpc-gen demo", "hpc-gen demo latents --workspace /tmp/try"))
@@ -98,8 +96,9 @@ def run(
 
     resolved = loader.load(config, overrides or [])
     cli_slurm.refuse_queued_name(resolved.experiment.name, workspace_of(workspace))
+    runner.check_stages(resolved, stage_names(stages))
     folder = runner.prepare_run(resolved, workspace_of(workspace))
-    end(runner.run_stages(folder, _names(stages), say))
+    end(runner.run_stages(folder, stage_names(stages), keep_saying))
 
 
 def _print_plan(
@@ -114,7 +113,7 @@ def _print_plan(
     wide = [] if world_size is None else [f"train.ranks={world_size}"]
     resolved = run_setup.typed(loader.load(config, [*overrides, *wide]))
     folder = RunFolder(runs_folder(root) / resolved.experiment.name)
-    _say_plan(folder, run_setup.accepted(folder, resolved, root), _names(stages))
+    _say_plan(folder, run_setup.accepted(folder, resolved, root), stage_names(stages))
     if wide:
         from hpc_gen.stages import train_plan
 
@@ -247,11 +246,12 @@ def resume(
         return
     cli_slurm.refuse_queued(folder)
     if dry_run:
-        _say_plan(folder, run_setup.changed(folder, overrides or []), _names(stages))
+        _say_plan(folder, run_setup.changed(folder, overrides or []), stage_names(stages))
     else:
+        runner.check_stages(run_setup.changed(folder, overrides or []), stage_names(stages))
         run_setup.change_run(folder, overrides or [])
-        control.lift_stop(folder, say)
-        end(runner.run_stages(folder, _names(stages), say))
+        control.lift_stop(folder, keep_saying)
+        end(runner.run_stages(folder, stage_names(stages), keep_saying))
 
 
 cli_daily.add_to(app)

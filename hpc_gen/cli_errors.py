@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import traceback
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from hpc_gen.cli_parts import drop_output
 from hpc_gen.config.errors import ConfigError
 from hpc_gen.runtime import clock, commit, env
 from hpc_gen.runtime.errors import ExitCode, HpcGenError
@@ -25,7 +27,24 @@ def guarded(command: Callable[[], object], arguments: Sequence[str] | None = Non
     `arguments` (sys.argv without the program) tell which run folder the log of an unexpected error goes to.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    sys.exit(exit_code_of(command, given))
+    code = exit_code_of(command, given)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()  # else Python would end with 120 when it flushes
+    _hold_signals()
+    sys.exit(code)
+
+
+def _hold_signals() -> None:
+    """Hold back the signals that a stop token has taken over: nobody asks it any more.
+
+    Python gives them their defaults while it ends, which takes a second where torch is loaded. A Ctrl-C or SIGTERM then
+    would kill a process that has done its work, and its parent would take the work for failed.
+    """
+    mine = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    defaults = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number for number in mine if signal.getsignal(number) not in defaults])
 
 
 def exit_code_of(command: Callable[[], object], arguments: Sequence[str]) -> int:
@@ -44,8 +63,11 @@ def exit_code_of(command: Callable[[], object], arguments: Sequence[str]) -> int
         _tell("interrupted; what is committed stays")
         return int(ExitCode.STOPPED)
     except BrokenPipeError:  # `hpc-gen status RUN | head`
-        sys.stderr.close()
         return int(ExitCode.DONE)
+    except SystemExit as error:  # click's answer to the same
+        if isinstance(error.__context__, BrokenPipeError):
+            return int(ExitCode.DONE)
+        raise
     except Exception as error:
         place = _write_traceback(error, arguments)
         said = " ".join(str(error).split())[:200]
@@ -61,13 +83,20 @@ def _usage(error: Exception, arguments: Sequence[str]) -> int:
     if "Usage:" in sentence:
         print(sentence)
         return int(ExitCode.USER)
-    words = "" if sentence.startswith("No such command") else _words(arguments)
+    words = _group(error) if sentence.startswith("No such command") else _group(error) or _words(arguments)
     _tell(f"{sentence}{' See' if sentence.endswith('?') else '; see'} `hpc-gen {words}--help`")
     return int(ExitCode.USER)
 
 
 def _tell(sentence: str) -> None:
     print(f"hpc-gen: {sentence}", file=sys.stderr, flush=True)
+
+
+def _group(error: Exception) -> str:
+    """The command that an error of usage belongs to, as in "containers build "; "" when it is not known."""
+    path = str(getattr(getattr(error, "ctx", None), "command_path", ""))
+    words = path.split()[1:]
+    return "".join(f"{word} " for word in words)
 
 
 def _words(arguments: Sequence[str]) -> str:

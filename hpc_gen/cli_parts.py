@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,26 @@ Stages = Annotated[str | None, typer.Option("--stages", help="Only these stages,
 def say(line: str = "") -> None:
     """Print one line at once, also into a pipe."""
     typer.echo(line)
+
+
+def keep_saying(line: str = "") -> None:
+    """`say` for work that goes on when nobody reads its lines any more (`hpc-gen run CONFIG | head`)."""
+    try:
+        say(line)
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """From here on stdout leads nowhere: its reader is gone, and what is still buffered must not fail at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def stage_names(stages: str | None) -> list[str] | None:
+    """The names of --stages; None: all."""
+    return [name for name in stages.split(",") if name] if stages else None
 
 
 def example(*commands: str) -> str:

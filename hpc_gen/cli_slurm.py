@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_gen.cli_parts import Config, DryRun, Overrides, Run, Stages, Workspace, example, run_of, say, workspace_of
+from hpc_gen.cli_parts import (
+    Config,
+    DryRun,
+    Overrides,
+    Run,
+    Stages,
+    Workspace,
+    example,
+    run_of,
+    say,
+    stage_names,
+    workspace_of,
+)
 
 _CLUSTER = typer.Option("--cluster", "-c", metavar="NAME", help="Cluster profile: a name, or a YAML file.")
 Cluster = Annotated[str, _CLUSTER]
@@ -54,7 +66,7 @@ def submit(
 
     from hpc_gen.config import loader
     from hpc_gen.runtime.run_folder import RunFolder
-    from hpc_gen.stages import control, run_setup
+    from hpc_gen.stages import control, run_setup, runner
     from slurm import profiles
 
     root = workspace_of(workspace)
@@ -64,6 +76,7 @@ def submit(
         wanted.append(f"train.ranks={nodes * profile.tasks_per_node}")
     resolved = loader.load(config, wanted)
     folder = RunFolder(control.runs_folder(root) / resolved.experiment.name)
+    runner.check_stages(resolved, stage_names(stages))
     os.umask(int(profile.umask, 8))
     if dry_run:
         resolved = run_setup.accepted(folder, run_setup.typed(resolved), root)
@@ -80,11 +93,12 @@ def resume_on(
     """Submit what is left of a run: `hpc-gen resume RUN --cluster NAME`."""
     import os
 
-    from hpc_gen.stages import run_setup
+    from hpc_gen.stages import run_setup, runner
     from slurm import profiles
 
     profile = profiles.load(cluster, folder.workspace, settings)
     resolved = run_setup.changed(folder, overrides)
+    runner.check_stages(resolved, stage_names(stages))
     os.umask(int(profile.umask, 8))
     if not dry_run:
         refuse_queued(folder)
@@ -95,12 +109,9 @@ def resume_on(
 
 def submit_folder(folder: Any, resolved: Any, cluster: str, profile: Any, stages: str | None, dry_run: bool) -> None:
     """Submit the stages of a run folder, or show what would be submitted; `stages`: comma-separated, None = all."""
-    from hpc_gen.stages import runner
     from slurm import commands, graph, submission
 
-    chosen = [name for name in stages.split(",") if name] if stages else resolved.experiment.stage_order()
-    for name in chosen:
-        runner.check_stage(resolved, name)
+    chosen = stage_names(stages) or resolved.experiment.stage_order()
     if not dry_run:
         _download(resolved, folder.workspace, chosen)
     plans = graph.plan_stages(folder, resolved, profile, chosen, say, dry_run=dry_run)

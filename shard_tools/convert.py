@@ -77,6 +77,8 @@ def open_rows(path: Path, feature_batch: int = FEATURE_BATCH) -> Rows:
 def convert(source: Rows, target: Path, wish: Wish, say: Say, dry_run: bool = False) -> TableIndex | None:
     """All rows of `source` as a table in `target`; None in a dry run. Raises UserError where `target` is another's."""
     index = source.index
+    if isinstance(source, Table) and source.folder.resolve() == target.resolve():
+        raise UserError(f"{target} is the table that is read; name another folder for the new one")
     cut = {shard.rows for shard in index.shards[:-1]} or {index.shards[0].rows}
     even = len(cut) == 1 and index.shards[-1].rows <= max(cut) and isinstance(source, Table)
     own_cut = max(cut) if even and index.layout not in ROW_LAYOUTS else SHARD_ROWS

@@ -78,6 +78,11 @@ def _hashed(table: Table, tokenizer: Mapping[str, Any], progress: Progress) -> T
             raise DataError(f"shard {path} is damaged in {member}; restore it (no index is written)")
         shards.append(replace(info, sha256=digest, content=content_sha256(columns)))
         for name, column in columns.items():
+            if column.is_floating_point() and not bool(column.isfinite().all()):
+                raise DataError(
+                    f"shard {path}: column '{name}' holds values that are not finite; make it again without them "
+                    "(no index is written)"
+                )
             if has_channels(column):
                 part = ChannelSums.of(column)
                 sums[name] = ChannelSums.merge([sums[name], part]) if name in sums else part

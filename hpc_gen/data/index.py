@@ -184,7 +184,10 @@ def differences(found: Any, asked: Any, key: str = "") -> Iterator[tuple[str, An
 def why_no_index(folder: Path) -> str:
     """A sentence on a folder without an index: what it is instead, and the fix."""
     if not folder.is_dir():
-        return f"{folder} is not a folder; name an encoded table in data.table, or run the stage encode first"
+        return (
+            f"{folder} is not a folder; name an encoded table in data.table (paths are relative to the workspace), or "
+            "run the stage encode first"
+        )
     shards = (path for ending in (".pt", ".safetensors", ".tar") for path in folder.glob(f"*{ending}"))
     if any(shards) or (folder / FACTS_FOLDER).is_dir():
         return (

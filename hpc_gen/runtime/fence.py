@@ -79,7 +79,10 @@ def claim_attempt(run_folder: RunFolder, stage: str, job: Job | None = None, wor
     }
     text = json.dumps({**facts, **_process_facts(), "time": clock.now()}, sort_keys=True, indent=1)
     folder = commit.make_folder(run_folder.journal)
-    number = 1 + max((int(p.stem) for p in folder.glob("*.attempt") if re.fullmatch(r"\d+", p.stem)), default=0)
+    claimed = (int(p.stem) for p in folder.glob("*.attempt") if re.fullmatch(r"\d+", p.stem))
+    # the lock too: where somebody removed the journal, a number below its holder's would be fenced off
+    number = 1 + max(claimed, default=0)
+    number = max(number, 1 + int(_read(run_folder.lock).get("attempt", 0)))
     while True:
         try:
             stream = commit.CommitStream(attempt_path(run_folder, number))

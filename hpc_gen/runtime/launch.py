@@ -104,7 +104,8 @@ def run_ranks(
 
     When a rank fails the others get SIGTERM and, `grace_s` seconds later, SIGKILL. Returned: 0 when all ranks
     returned 0; 85, 86 or 87 when a rank ended with it and the others with that, 0 or SIGTERM; else the code
-    of the rank that failed first, 128 + N for one killed by signal N.
+    of the rank that failed first, 128 + N for one killed by signal N. Raises KeyboardInterrupt when SIGINT came and
+    all returned 0 all the same: they were done.
     """
     if world_size < 1:
         raise UserError(f"world_size is {world_size}; at least one rank is needed")
@@ -166,6 +167,7 @@ class _Family:
         self._grace_s, self._hold_signals = grace_s, hold_signals
         self._children: list[_Child] = []
         self._received: list[signal.Signals] = []
+        self._seen: set[signal.Signals] = set()  # all that were ever received
         self._failure: BaseException | None = None  # of on_line, raised at the end
 
     def run(self) -> int:
@@ -186,6 +188,8 @@ class _Family:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._failure is not None:
             raise self._failure
+        if first is None and signal.SIGINT in self._seen:
+            raise KeyboardInterrupt  # the children were done before it came; what follows them must not begin
         return _verdict([child.code or 0 for child in self._children], first)
 
     def _install_handlers(self) -> dict[signal.Signals, _Handler]:
@@ -288,6 +292,7 @@ class _Family:
                     terminate_at = clock.monotonic()
                     self._tell(first, child)
             received, self._received = self._received, []
+            self._seen.update(received)
             for number in dict.fromkeys(received):
                 self._send(number)
             if clock.monotonic() >= terminate_at:

@@ -54,8 +54,7 @@ def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -
     """Run the named stages (None: all of the experiment) one after the other; returns the first code that is not 0."""
     resolved = load_run(run)
     chosen = list(stages) if stages else resolved.experiment.stage_order()
-    for name in chosen:
-        check_stage(resolved, name)
+    check_stages(resolved, chosen)
     for number, name in enumerate(chosen, 1):
         printer(f"[{number}/{len(chosen)}] {run.name}: {name}")
         code = launch_stage(run, resolved, name)
@@ -157,6 +156,12 @@ def check_stage(resolved: Resolved, name: str) -> None:
         )
 
 
+def check_stages(resolved: Resolved, names: Sequence[str] | None) -> None:
+    """`check_stage` for each; to be called before a run folder is made or changed, so a typo changes nothing."""
+    for name in names or ():
+        check_stage(resolved, name)
+
+
 def width_of(resolved: Resolved, name: str) -> Width:
     """How many processes a stage wants, and their threads."""
     experiment = resolved.experiment
@@ -171,7 +176,8 @@ def _explain(run: RunFolder, name: str, code: int) -> str:
     if code == ExitCode.REQUEUE:
         return f"{name} was preempted and has saved its state; `hpc-gen resume {run.name}` goes on"
     if code == ExitCode.STOPPED:
-        return f"{name} was stopped and has saved its state; `hpc-gen resume {run.name}` goes on"
+        how = "was stopped, or another attempt has taken over"
+        return f"{name} {how}; what is saved stays, and `hpc-gen resume {run.name}` goes on"
     return f"{name} ended with code {code}; see the message above and {run.logs}"
 
 

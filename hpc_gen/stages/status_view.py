@@ -272,7 +272,7 @@ def _facts(found: RunStatus, now: float) -> Iterator[str]:
     for line in found.forecast:
         yield f"  disk to come {line}"
     for what, words in found.origins:
-        yield f"  {what:<13}{words}"
+        yield f"  {what:<12} {words}"
     yield f"  at work      {_at_work(found, now)}"
     yield f"  folder       {found.path}"
     yield f"  identity     {found.identity[:16]}"

@@ -207,8 +207,9 @@ def export_weights(
     """Write one role's weights as safetensors with the official keys, for other programs and for `weights import`.
 
     `checkpoint`: images seen, None = the newest. `ema`: the average, None = the experiment's first; `raw`: no average.
-    `target` None: exports/ROLE-EMA-IMAGES.safetensors of the run. The metadata says what the weights are and where they
-    come from. Raises UserError for what the run does not have, CheckpointError for a checkpoint that is not whole.
+    `target` None: exports/ROLE-EMA-IMAGES.safetensors of the run; an earlier export is replaced. The metadata says what
+    the weights are and where they come from. Raises UserError for what the run does not have and for a target that is
+    another file, CheckpointError for a checkpoint that is not whole.
     """
     if raw and ema is not None:
         raise UserError("--raw and --ema exclude one another; give one")
@@ -222,6 +223,7 @@ def export_weights(
     role = chosen_role([name for name in method.roles() if method.parameter_groups(name)], role)
     label = chosen if chosen is not None else "raw"
     path = target if target is not None else run.exports / f"{role}-{label}-{info.images_seen:012d}.safetensors"
+    _check_target(path)
     if dry_run:
         say(f"would write role '{role}' ({label}) of {info.path} to {path}")
         return path
@@ -246,6 +248,20 @@ def export_weights(
     size = format_count(path.stat().st_size)
     say(f"{path}: {len(tensors)} tensors, {size}B, SHA-256 {digest} ({clock.monotonic() - begun:.1f} s)")
     return path
+
+
+def _check_target(path: Path) -> None:
+    """Raise UserError when a file is there that is no earlier export: it would be lost."""
+    if not path.exists():
+        return
+    try:
+        exported = "hpc_gen.checkpoint" in tensor_files.metadata_of(path)
+    except (HpcGenError, OSError):
+        exported = False
+    if not exported:
+        raise UserError(
+            f"{path} exists and is no earlier export of hpc-gen; move it away, or name another file with --to"
+        )
 
 
 def _average(experiment: Experiment, ema: str | None) -> str | None:

@@ -225,3 +225,47 @@ def test_dry_run_of_a_run_changes_nothing(tmp_path: Path) -> None:
     assert f"{tmp_path}/runs/quick (new)" in done.stdout
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("stage")] == ["train:", "sample:"]
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- pipes and the end of a process
+
+
+@pytest.mark.parametrize("arguments", ["config schema", "run --help"])
+def test_a_reader_that_leaves_is_no_failure(arguments: str) -> None:
+    program = f"{sys.executable} -m hpc_gen.cli {arguments}"
+    script = f"{{ sleep 0.5; {program}; echo code $? >&2; }} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.stderr == "code 0\n"
+
+
+def test_work_goes_on_when_nobody_reads_its_lines() -> None:
+    code = (
+        "import sys\nfrom hpc_gen import cli_errors, cli_parts\n"
+        "def work():\n"
+        "    for number in range(3):\n        cli_parts.keep_saying(f'stage {number}')\n"
+        "    print('worked', file=sys.stderr)\n    return 85\n"
+        "cli_errors.guarded(work, [])\n"
+    )
+    script = "{ sleep 0.2; " + f'{sys.executable} -c "$0"; echo code $? >&2; }} | true'
+    done = subprocess.run(["bash", "-c", script, code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.stderr == "worked\ncode 85\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_when_the_work_is_done_changes_nothing(name: str) -> None:
+    """Python gives signals their defaults before it takes modules apart; __del__ of a module's object comes after."""
+    code = (
+        "import os, signal\nfrom hpc_gen import cli_errors\nfrom hpc_gen.runtime.stop import StopToken\n"
+        "class Late:\n"
+        f"    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.{name}):\n        kill(me, number)\n"
+        "late = Late()\n"
+        "cli_errors.guarded(lambda: StopToken().install(), [])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
+    assert done.returncode == 0
+
+
+def test_an_error_of_usage_names_the_help_of_its_command() -> None:
+    assert call("containers", "build").stderr == (
+        "hpc-gen: Missing argument 'NAME'; see `hpc-gen containers build --help`\n"
+    )

@@ -150,3 +150,18 @@ def test_doctor_of_a_cluster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_run_that_slurm_knows_nothing_of(desk: Desk) -> None:
     assert cli_slurm.jobs_of(None) is None and cli_slurm.jobs_of(desk.run) is None
     assert "no run 'tiny'" in desk.type("cancel", "tiny", code=2)
+
+
+def test_a_mistyped_stage_changes_nothing(desk: Desk, fake: FakeSlurm) -> None:
+    config = str(desk.config)
+    for words in (["run", config], ["submit", config, "--cluster", desk.own]):
+        assert "has no stage 'trian'" in desk.type(*words, "--stages", "trian", code=2)
+        assert not desk.run.exists()
+    desk.type("submit", config, "--cluster", desk.own, "--stages", "train")
+    desk.type("cancel", "tiny", "--now")
+    before = desk.run.config_path.read_bytes()
+    words = ["train.log_every=64", "--stages", "trian"]
+    for more in ([], ["--cluster", desk.own]):
+        assert "has no stage 'trian'" in desk.type("resume", "tiny", *words, *more, code=2)
+    assert "has no stage 'trian'" in desk.type("run", config, *words, code=2)
+    assert desk.run.config_path.read_bytes() == before

@@ -259,3 +259,9 @@ def test_statistics_of_a_column(tmp_path: Path) -> None:
     write_table(tmp_path / "b", {"latents": values / 0}, shard_rows=8)
     with pytest.raises(DataError, match="column 'latents' holds values that are not finite"):
         channel_statistics(Table.open(tmp_path / "b"), "latents")
+
+
+def test_a_table_is_not_converted_into_itself(tmp_path: Path) -> None:
+    make_source(tmp_path / "a")
+    with pytest.raises(UserError, match="is the table that is read; name another folder"):
+        convert(open_rows(tmp_path / "a"), tmp_path / "b" / ".." / "a", Wish("webdataset"), say)

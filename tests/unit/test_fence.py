@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -203,3 +204,12 @@ def test_dead_and_living_processes_are_told_apart() -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert fence.process_start_ticks(child) is None
+
+
+def test_a_number_is_above_that_of_the_lock_when_the_journal_was_removed(run: RunFolder) -> None:
+    for _ in range(3):
+        number = claim_attempt(run, "train")
+    Fence.take(run, number).release("done")
+    shutil.rmtree(run.journal)
+    assert claim_attempt(run, "train") == 4
+    Fence.take(run, 4)

@@ -425,3 +425,10 @@ def test_directories_carry_real_checksums(tmp_path: Path) -> None:
         with zipfile.ZipFile(first(tmp_path / layout)) as archive:
             data = [member for member in archive.infolist() if member.file_size > 10]
             assert data and all(member.CRC for member in data) and archive.testzip() is None
+
+
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"moments": torch.full((2, 8, 4, 4), float("nan")), "labels": torch.zeros(2).long()}, tmp_path / "0.pt")
+    with pytest.raises(DataError, match=r"0\.pt: column 'moments' holds values that are not finite"):
+        write_index(tmp_path, {}, lambda line: None)
+    assert not (tmp_path / INDEX_NAME).exists()

@@ -152,6 +152,15 @@ def test_signals_reach_all_ranks_as_they_are(tmp_path: Path, number: signal.Sign
         assert (tmp_path / "logs" / f"rank_{rank}.log").read_text() == f"[{int(number)}]\n"
 
 
+def test_ctrl_c_that_comes_when_all_are_done_is_not_lost(tmp_path: Path) -> None:
+    """The children no longer answer it; the stages after this one must not begin."""
+    code = "signal.signal(signal.SIGINT, lambda n, f: None)\nunblock()\nready()\ntime.sleep(0.3)"
+    thread = when_ready(tmp_path, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        launch(code, 1, tmp_path)
+    thread.join()
+
+
 def test_signal_during_start_up_is_held_back(tmp_path: Path) -> None:
     """A child that installs its handlers late finds the signal waiting, it does not die of it."""
     code = """

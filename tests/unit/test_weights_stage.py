@@ -403,3 +403,16 @@ def test_imported_weights_are_what_sampling_builds(workspace: Workspace) -> None
     built = method.roles()[ROLE].state_dict()
     assert all(torch.equal(built[name], value) for name, value in state.items())
     assert weights_transfer.known_table(experiment, workspace.path / "nowhere") is None
+
+
+def test_an_export_writes_over_no_other_file(workspace: Workspace) -> None:
+    run = workspace.run("made")
+    workspace.train(run)
+    target = workspace.path / "thesis.txt"
+    target.write_text("three years of work")
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"thesis\.txt exists and is no earlier export"):
+            export_weights(run, print, target=target, dry_run=dry_run)
+    assert target.read_text() == "three years of work"
+    again = workspace.path / "a.safetensors"
+    assert export_weights(run, print, target=again) == export_weights(run, print, target=again)
