@@ -158,7 +158,6 @@ def test_a_mistyped_stage_changes_nothing(desk: Desk, fake: FakeSlurm) -> None:
         assert "has no stage 'trian'" in desk.type(*words, "--stages", "trian", code=2)
         assert not desk.run.exists()
     desk.type("submit", config, "--cluster", desk.own, "--stages", "train")
-    desk.type("cancel", "tiny", "--now")
     before = desk.run.config_path.read_bytes()
     words = ["train.log_every=64", "--stages", "trian"]
     for more in ([], ["--cluster", desk.own]):

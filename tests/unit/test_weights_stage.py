@@ -101,6 +101,7 @@ def test_an_import_is_an_ordinary_checkpoint_at_zero_images(workspace: Workspace
     assert event.fields["sha256"] == facts["sha256"] and event.fields["role"] == ROLE
     shown = list(lines(status(run)))
     assert any("attempt 1    import" in line and "done" in line for line in shown)
+    assert any(line.startswith(f"  imported from {file.name}, SHA-256 ") for line in shown)
 
 
 def test_training_goes_on_from_an_import_and_keeps_saying_so(workspace: Workspace) -> None:
