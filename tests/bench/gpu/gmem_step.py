@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     parser, given = arguments(argv)
     if not given.self_check and not torch.cuda.is_available():
         parser.error("there is no GPU here; --self-check tries the script on the CPU")
-    ranks = Ranks.start()
+    ranks = Ranks.start(timeout_s=180.0)  # one that died must not use up the whole time
     if given.self_check:
         ranks.device = torch.device("cpu")
     try:
