@@ -59,6 +59,31 @@ def shards_info(table: TableFolder, workspace: Workspace = None, json: Json = Fa
         say(line)
 
 
+@shards_app.command(
+    "rows",
+    epilog=example("hpc-gen shards rows tables/mnist16 5 17", "hpc-gen shards rows tables/mnist16 --find 00017"),
+)
+def shards_rows(
+    table: TableFolder,
+    rows: Annotated[list[int] | None, typer.Argument(metavar="ROW...", help="Numbers of rows [all].")] = None,
+    find: Annotated[str | None, typer.Option("--find", metavar="TEXT", help="Only names that contain it.")] = None,
+    workspace: Workspace = None,
+    json: Json = False,
+) -> None:
+    """From which image each row came.
+
+    The path below a folder of images, the member of a tar or zip, or file, row group and row of a Parquet set.
+    """
+    from shard_tools import inspect
+
+    found = inspect.rows(workspace_of(workspace) / table, rows or (), find)
+    if json:
+        print_json([{"row": row, "name": name} for row, name in found])
+        return
+    for row, name in found:
+        say(f"{row:>10}  {inspect.shown(name)}")
+
+
 @shards_app.command("verify", epilog=example("hpc-gen shards verify tables/mnist16"))
 def shards_verify(table: TableFolder, workspace: Workspace = None) -> None:
     """Compare every byte of a table with its index."""

@@ -32,7 +32,17 @@ from hpc_gen.stages.forecast import Need
 from hpc_gen.stages.units import StageContext, Unit
 from hpc_gen.tokenizers.kmeans import Centroids
 from hpc_gen.training.precision import set_determinism
-from shard_tools.output import Output, make_facts, read_facts, shards_of, statistics, with_shards
+from shard_tools.output import (
+    Output,
+    files_of,
+    make_facts,
+    names_of,
+    read_facts,
+    shards_of,
+    statistics,
+    with_names,
+    with_shards,
+)
 from shard_tools.recipe import refuse_other_recipe
 
 CODES, FLIP = "codes", "_flip"
@@ -146,17 +156,19 @@ class AssignWorker:
             columns[code] = torch.stack(parts).to(torch.int32)
         infos = self.output.write(staging, unit.index, columns, rows.tolist())
         facts_path = self.output.facts_path(unit.index)
-        commit.write_json(staging / facts_path.name, with_shards(make_facts(self.output.recipe, columns, []), infos))
+        facts = with_shards(make_facts(self.output.recipe, columns, []), infos)
+        facts = with_names(facts, staging, unit.index, self.table.names(rows))
+        commit.write_json(staging / facts_path.name, facts)
         # The facts first: a folder of shards without any is taken for another program's (data/foreign.py).
         files = {str(facts_path): staging / facts_path.name}
-        return files | {str(self.output.folder / info.file): staging / info.file for info in infos}
+        return files | {str(self.output.folder / file): staging / file for file in files_of(facts)}
 
     def forecast(self) -> Need:
         """Codes of all rows."""
         per_row = sum(
             int(np.prod(self.table.index.columns[feature].shape[:-1])) * CODE_BYTES for feature in self.columns.values()
         )
-        return Need(self.table.rows * (per_row + 2 * 8), 2 * self.output.num_units)
+        return Need(self.table.rows * (per_row + 2 * 8), (3 if self.table.has_names else 2) * self.output.num_units)
 
     def finish(self) -> None:
         """Write `index.json`, last; one that says the same already is left alone."""
@@ -181,4 +193,5 @@ class AssignWorker:
             statistics=statistics(facts, old.num_classes, dict(old.statistics.get("skipped", {}))),
             recipe=self.output.recipe,
             bad_images=old.bad_images,
+            names=names_of(facts),
         )

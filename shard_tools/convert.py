@@ -22,6 +22,7 @@ from hpc_gen.data.foreign import shard_files
 from hpc_gen.data.index import FACTS_FOLDER, INDEX_NAME, LABELS, LAYOUTS, ColumnInfo, Layout, TableIndex, differences
 from hpc_gen.data.mapped import Int64Array
 from hpc_gen.data.row_files import ROW_LAYOUTS, stored
+from hpc_gen.data.row_names import Name
 from hpc_gen.data.table import Table
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
@@ -29,7 +30,17 @@ from hpc_gen.runtime.progress import Progress
 from hpc_gen.runtime.randomness import permutation
 from shard_tools.edm_zip import EdmZip
 from shard_tools.features import FeatureFiles, looks_like_features
-from shard_tools.output import Output, make_facts, shards_of, statistics, whole_unit, with_shards
+from shard_tools.output import (
+    Output,
+    files_of,
+    make_facts,
+    names_of,
+    shards_of,
+    statistics,
+    whole_unit,
+    with_names,
+    with_shards,
+)
 
 FEATURE_BATCH = 256  # of DiM's and U-ViT's extraction
 SHARD_ROWS = 1024  # the default of encode.shard_rows
@@ -52,6 +63,10 @@ class Rows(Protocol):
 
     def read(self, rows: Int64Array, columns: Sequence[str]) -> dict[str, Tensor]:
         """Rows of the named columns."""
+        ...
+
+    def names(self, rows: Int64Array) -> list[Name] | None:
+        """From which image each row came; None where nobody knows."""
         ...
 
 
@@ -185,10 +200,11 @@ def _write_unit(source: Rows, output: Output, unit: int, names: list[str], wish:
     with _staging(output.folder) as staging:
         infos = output.write(staging, unit, columns, items)
         facts = with_shards(make_facts(output.recipe, columns, []), infos)
+        facts = with_names(facts, staging, unit, source.names(np.array(items)))
         commit.write_json(output.facts_path(unit), facts)
-        for info in infos:
-            commit.make_folder((output.folder / info.file).parent)
-            commit.commit_file(staging / info.file, output.folder / info.file)
+        for file in files_of(facts):
+            commit.make_folder((output.folder / file).parent)
+            commit.commit_file(staging / file, output.folder / file)
     return facts
 
 
@@ -225,6 +241,7 @@ def _index(source: Rows, facts: list[dict[str, Any]], wish: Wish, recipe: dict[s
         recipe=recipe,
         bad_images=old.bad_images,
         layout=wish.layout,
+        names=names_of(facts),
     )
 
 

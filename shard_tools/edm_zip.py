@@ -13,6 +13,7 @@ from torch import Tensor
 from hpc_gen.data.images import to_pixels
 from hpc_gen.data.index import LABELS, ColumnInfo, ShardInfo, TableIndex
 from hpc_gen.data.mapped import Int64Array
+from hpc_gen.data.row_names import Name
 from hpc_gen.runtime.errors import DataError
 from shard_tools.archives import open_edm_zip
 from shard_tools.split import TRAIN, Split
@@ -52,6 +53,10 @@ class EdmZip:
     def rows(self) -> int:
         """Images."""
         return len(self.split)
+
+    def names(self, rows: Int64Array) -> list[Name] | None:
+        """Names of the images in the zip."""
+        return [self.split.ids[row] for row in np.asarray(rows).tolist()]
 
     def read(self, rows: Int64Array, columns: Sequence[str]) -> dict[str, Tensor]:
         """Rows of the named columns. Raises DataError for an image that is damaged or of another size."""

@@ -34,7 +34,18 @@ from hpc_gen.stages.units import StageContext, Unit
 from hpc_gen.tokenizers import CPU, FullPrecision, Tokenizer
 from hpc_gen.tokenizers.several import Several
 from hpc_gen.training.precision import set_determinism
-from shard_tools.output import Output, make_facts, read_facts, shards_of, statistics, whole_unit, with_shards
+from shard_tools.output import (
+    Output,
+    files_of,
+    make_facts,
+    names_of,
+    read_facts,
+    shards_of,
+    statistics,
+    whole_unit,
+    with_names,
+    with_shards,
+)
 from shard_tools.pixels import ahead, squares
 from shard_tools.recipe import recipe_of, refuse_other_recipe, row_names, row_order
 from shard_tools.sources import open_source
@@ -43,6 +54,7 @@ from shard_tools.split import TRAIN, VALIDATION, Source
 IMAGES_PER_POLL = 8  # a forward pass; a stop is looked for between them
 LABEL_BYTES = 8
 ROW_FILE_BYTES = 1500  # what pt and npz add to a row's tensors
+UNIT_FILES = 3  # the shard, its facts, the names of its rows
 FILE_BLOCK = 4096  # a small file takes whole blocks of the disk
 SHOWN_BAD_IMAGES = 3  # named in an error message; index.json lists all
 
@@ -171,15 +183,18 @@ class EncodeWorker:
         if facts is not None:
             for info in shards_of(facts):
                 commit.write_bytes(staging / info.file, (output.folder / info.file).read_bytes())
+            items = output.items(number)  # all of them: a unit with bad images is not taken over
         else:
             columns, items, bad = self._encode(output, number, poll)
             infos = output.write(staging, number, columns, items) if columns else []
             facts = with_shards(make_facts(output.recipe, columns, bad), infos)
+        ids = self.source.splits[split].ids
+        facts = with_names(facts, staging, number, [ids[item] for item in items])
         facts_path = output.facts_path(number)
         commit.write_json(staging / facts_path.name, facts)
         # The facts first: a folder of shards without any is taken for another program's (data/foreign.py).
         files = {str(facts_path): staging / facts_path.name}
-        return files | {str(output.folder / info.file): staging / info.file for info in shards_of(facts)}
+        return files | {str(output.folder / file): staging / file for file in files_of(facts)}
 
     def forecast(self) -> Need:
         """What the missing units will write: the bytes of a row, times their rows."""
@@ -190,9 +205,9 @@ class EncodeWorker:
         row = self._row_bytes()
         rows = sum(len(o.items(unit)) for o, unit in missing)
         if self.encode.format not in ROW_LAYOUTS:
-            return Need(rows * row, 2 * len(missing))
+            return Need(rows * row, UNIT_FILES * len(missing))
         blocks = -(-(row + ROW_FILE_BYTES) // FILE_BLOCK)
-        return Need(rows * blocks * FILE_BLOCK, rows + len(missing))
+        return Need(rows * blocks * FILE_BLOCK, rows + (UNIT_FILES - 1) * len(missing))
 
     def _row_bytes(self) -> int:
         """Of a row as a finished unit tells of it; before there is one, as the tokenizer makes it of a black image.
@@ -310,4 +325,5 @@ class EncodeWorker:
             recipe=output.recipe,
             bad_images=tuple(bad),
             layout=output.layout,
+            names=names_of(full),
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 from hpc_gen.data.index import LABELS, ColumnInfo, ShardInfo, TableIndex
 from hpc_gen.data.mapped import Int64Array
 from hpc_gen.data.ptshard import dtype_name
+from hpc_gen.data.row_names import Name
 from hpc_gen.runtime.errors import DataError
 from hpc_gen.runtime.pickle_values import Inert, PickleMachine
 
@@ -71,6 +72,10 @@ class FeatureFiles:
     def rows(self) -> int:
         """Images."""
         return self.index.rows
+
+    def names(self, rows: Int64Array) -> list[Name] | None:
+        """Unknown: the extraction numbered its images."""
+        return None
 
     def read(self, rows: Int64Array | Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
         """Rows [n] of the named columns. Raises DataError when the pair of a row does not have one label."""

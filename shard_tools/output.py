@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from hpc_gen.data.index import FACTS_FOLDER, LABELS, Layout, ShardInfo
+from hpc_gen.data.index import FACTS_FOLDER, LABELS, Layout, NamesInfo, ShardInfo
 from hpc_gen.data.ptshard import columns_of, content_sha256
 from hpc_gen.data.row_files import ROW_LAYOUTS, row_bytes
+from hpc_gen.data.row_names import Name, write_names
 from hpc_gen.data.shard_files import shard_name, write_columns
 from hpc_gen.data.statistics import ChannelSums, has_channels
 from hpc_gen.runtime import commit
@@ -70,6 +71,26 @@ class Output:
                 stream.write(row_bytes(self.layout, row))
             infos.append(ShardInfo(file, 1, stream.bytes, stream.sha256, content))
         return infos
+
+
+def with_names(facts: dict[str, Any], staging: Path, unit: int, names: Sequence[Name] | None) -> dict[str, Any]:
+    """Facts of a unit that tell of its sidecar of names, written below `staging`; None: nobody knows them."""
+    if names is None or not facts["rows"]:
+        return facts
+    assert len(names) == facts["rows"], f"{len(names)} names of {facts['rows']} rows"
+    return facts | {"names": asdict(write_names(staging, unit, names))}
+
+
+def names_of(facts: Iterable[dict[str, Any]]) -> tuple[NamesInfo, ...]:
+    """Sidecars of all units; () unless each unit has one: units of before there were names have none."""
+    told = [fact.get("names") for fact in facts if fact["rows"]]
+    return () if None in told else tuple(NamesInfo(**each) for each in told if each is not None)
+
+
+def files_of(facts: dict[str, Any]) -> list[str]:
+    """All files of a unit below the table's folder, but for the facts: names, then shards."""
+    names = [str(facts["names"]["file"])] if "names" in facts else []
+    return [*names, *(info.file for info in shards_of(facts))]
 
 
 def make_facts(recipe: Recipe, columns: dict[str, Tensor], bad: list[str]) -> dict[str, Any]:
@@ -147,7 +168,7 @@ def whole_unit(output: Output, unit: int) -> dict[str, Any] | None:
         return None
     if facts["bad_images"]:
         return None  # the images may have been repaired meanwhile
-    for info in shards_of(facts):
+    for info in (*shards_of(facts), *names_of([facts])):
         path = output.folder / info.file
         if not path.is_file() or commit.sha256_file(path) != info.sha256:
             return None

@@ -47,6 +47,16 @@ class ShardInfo:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class NamesInfo:
+    """Names of the images of consecutive rows (data/row_names.py): file below the folder, rows, size, SHA-256."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class TableIndex:
     """The whole of `index.json`; see the field comments for units."""
@@ -60,6 +70,7 @@ class TableIndex:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # what was asked for; no path of any machine
     bad_images: tuple[str, ...] = ()  # source ids left out because they could not be read
     layout: Layout = "ptshard"  # pt, npz: one row per file, data/row_files.py; the others: data/shard_files.py
+    names: tuple[NamesInfo, ...] = ()  # from which image each row came, in row order; () where nobody knows
 
     @property
     def indexed(self) -> bool:
@@ -76,7 +87,8 @@ class TableIndex:
         """SHA-256 of what changes numbers: columns, the content and cut of the shards, classes, tokenizer, recipe.
 
         Left out: names and sizes of files and their raw hash (another torch may pack the same rows otherwise), their
-        layout, and the statistics and list of bad images (both follow from the rest).
+        layout, the statistics and list of bad images (both follow from the rest), and the names of the images, which
+        change no number: tables of before there were names keep their identity when they get them.
         """
         facts = {
             "format": FORMAT,
@@ -107,6 +119,7 @@ class TableIndex:
             "recipe": dict(self.recipe),
             "bad_images": list(self.bad_images),
             "layout": self.layout,
+            **({"names": [asdict(each) for each in self.names]} if self.names else {}),
         }
 
     def write(self, folder: Path) -> None:
@@ -147,10 +160,17 @@ class TableIndex:
         )
         if not shards:
             raise ValueError("no shards")
-        for shard in shards:
-            name = PurePosixPath(shard.file)
+        names = tuple(
+            NamesInfo(str(n["file"]), int(n["rows"]), int(n["bytes"]), str(n["sha256"]))
+            for n in document.get("names", ())  # indices of before there were any
+        )
+        if names and (min(n.rows for n in names) < 1 or sum(n.rows for n in names) != sum(s.rows for s in shards)):
+            raise ValueError("the names are of another number of rows than the shards")
+        for file in (*(shard.file for shard in shards), *(each.file for each in names)):
+            name = PurePosixPath(file)
             if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"shard file {shard.file!r} lies outside the table")
+                raise ValueError(f"file {file!r} lies outside the table")
+        for shard in shards:
             if shard.rows < 1 or shard.bytes < 1:
                 raise ValueError(f"shard {shard.file} has {shard.rows} rows in {shard.bytes} bytes")
         layout = document.get("layout", "ptshard")  # indices of before there were others
@@ -158,6 +178,7 @@ class TableIndex:
             raise ValueError(f"unknown layout {layout!r}")
         return cls(
             layout=layout,
+            names=names,
             columns={
                 str(name): ColumnInfo(str(column["dtype"]), tuple(int(size) for size in column["shape"]))
                 for name, column in document["columns"].items()

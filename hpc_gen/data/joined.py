@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hpc_gen.data.index import LABELS, ROW_ID, TableIndex
 from hpc_gen.data.mapped import Int64Array
+from hpc_gen.data.row_names import Name
 from hpc_gen.data.table import RowReads, Table
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
@@ -60,14 +61,26 @@ class JoinedTable(Table):
     def plan(self, rows: Int64Array, columns: Sequence[str]) -> RowReads:
         """As `Table.plan`, of every table that has one of the columns."""
         self._check_columns(columns)
-        if rows.min() < 0 or rows.max() >= self.rows:
-            raise DataError(f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}")
+        self._check_rows(rows)
         plans: list[RowReads] = []
         for number, part in enumerate(self._parts):
             wanted = [name for name in columns if self._part_of[name] == number]
             if wanted:
                 plans.append(part.table.plan(rows if part.rows is None else part.rows[rows], wanted))
         return _JoinedReads(tuple(plans), tuple(columns))
+
+    @property
+    def has_names(self) -> bool:
+        """Whether one of the tables has names."""
+        return any(part.table.has_names for part in self._parts)
+
+    def names(self, rows: Int64Array) -> list[Name] | None:
+        """As `Table.names`, of the first table that has any."""
+        self._check_rows(rows)
+        for part in self._parts:
+            if part.table.has_names:
+                return part.table.names(rows if part.rows is None else part.rows[rows])
+        return None
 
     def keep_open(self, shards: int) -> None:
         """As `Table.keep_open`; the other tables may be cut otherwise."""
@@ -194,6 +207,7 @@ def _joined(folder: Path, tables: Sequence[Table], columns: Sequence[tuple[str, 
     index = replace(
         first,
         columns=known,
+        names=(),  # files of the tables, not of the join
         statistics=dict(first.statistics) | {"columns": statistics},
         recipe={"joined": made_of, "by": by},
     )

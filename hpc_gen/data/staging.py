@@ -87,7 +87,8 @@ def _turn(root: Path, name: str, say: Say, stopping: Callable[[], bool]) -> Iter
 
 def _stage_one(table: Table, target: Path, say: Say, stopping: Callable[[], bool]) -> Path | None:
     """The copy of one table; None when there is no room."""
-    files = {shard.file: shard.bytes for shard in table.index.shards}
+    parts = (*table.index.shards, *table.index.names)
+    files = {part.file: part.bytes for part in parts}
     if _is_whole(table, target, files):
         return target
     commit.make_folder(target)
@@ -105,7 +106,7 @@ def _stage_one(table: Table, target: Path, say: Say, stopping: Callable[[], bool
         return None
     if missing:
         say(f"staging: copying {len(missing):,} files, {needed / 2**30:,.2f} GiB, to {target}")
-    hashes = {shard.file: shard.sha256 for shard in table.index.shards}
+    hashes = {part.file: part.sha256 for part in parts}
     for file in missing:
         _copy(table.folder / file, target / file, hashes[file], stopping)
     if (table.folder / INDEX_NAME).is_file():

@@ -26,6 +26,7 @@ from hpc_gen.data.mapped import Int64Array, MappedShards, Shard
 from hpc_gen.data.packed import ShardOpener
 from hpc_gen.data.ptshard import content_sha256
 from hpc_gen.data.row_files import ROW_LAYOUTS, RowReader
+from hpc_gen.data.row_names import Name, RowNames, read_names
 from hpc_gen.data.shard_files import open_columns
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, nearest
@@ -56,6 +57,7 @@ class Table:
         self._row_reader = RowReader(index.layout, inside) if index.layout in ROW_LAYOUTS else None
         self._opener = ShardOpener(index.columns) if index.layout == "ptshard" else None
         self._mapped = MappedShards(self._starts, index.columns, self._open, open_shards)
+        self._names = RowNames(self.folder, index.names)
         self._rows: dict[int, Shard] = {}
         self._lock = threading.Lock()
 
@@ -89,6 +91,23 @@ class Table:
         """The index's identity hash."""
         return self.index.identity
 
+    @property
+    def has_names(self) -> bool:
+        """Whether it is known from which image each row came."""
+        return bool(self.index.names)
+
+    def names(self, rows: Int64Array) -> list[Name] | None:
+        """From which image each of these rows came (data/row_names.py); None where nobody has said it of this table.
+
+        Raises DataError for a row outside the table, or names that are not those that the index tells of.
+        """
+        self._check_rows(rows)
+        return self._names(rows) if self.has_names else None
+
+    def _check_rows(self, rows: Int64Array) -> None:
+        if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
+            raise DataError(f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}")
+
     def read(self, rows: npt.NDArray[np.int64] | Tensor | Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
         """Rows [n] of the named columns: {column: Tensor [n, ...]} in the order asked; rows may repeat.
 
@@ -110,8 +129,7 @@ class Table:
             planned = self._mapped.plan(rows, columns)
             if planned is not None:
                 return planned
-        if rows.min() < 0 or rows.max() >= self.rows:
-            raise DataError(f"table {self.folder} has {self.rows} rows; asked for {rows.min()} to {rows.max()}")
+        self._check_rows(rows)
         return _PlannedFiles(self, rows, tuple(columns))
 
     def _check_columns(self, columns: Sequence[str]) -> None:
@@ -194,8 +212,8 @@ class Table:
     def verify(self, full: bool = True) -> list[str]:
         """Compare the folder with the index; returns the problems as sentences, an empty list when it is whole.
 
-        Always: missing, truncated, misshapen and unlisted shards. `full` also reads every byte and compares SHA-256, or
-        without an index the CRC-32 that each file carries of its arrays.
+        Always: missing, truncated, misshapen and unlisted shards, and names of rows that are not whole. `full` also
+        reads every byte and compares SHA-256, or without an index the CRC-32 that each file carries of its arrays.
         """
         problems: list[str] = []
         for number in range(len(self.index.shards)):
@@ -210,6 +228,11 @@ class Table:
         for file in shard_files(self.folder, self.index.layout):
             if file not in listed:
                 problems.append(f"shard {self.folder / file} is not in the index; move it away")
+        for names in self.index.names:
+            try:
+                read_names(self.folder, names)
+            except DataError as error:
+                problems.append(str(error))
         return problems
 
     def _damage(self, number: int, shard: dict[str, Tensor]) -> list[str]:
