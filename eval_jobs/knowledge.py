@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpc_gen import tokenizers
-from hpc_gen.config.experiment import Experiment, TokenizerConfig
+from hpc_gen.config.experiment import Experiment
 from hpc_gen.data.crops import crop
 from hpc_gen.data.images import decode_image, to_pixels
 from hpc_gen.methods.gmem.bank import Interpolation, as_condition, interpolated
@@ -28,7 +27,7 @@ from hpc_gen.runtime.randomness import Draw, Draws, Stream, Uniform
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.sampling.generate import Decoder, sampling_mode
 from hpc_gen.sampling.images import grid, png_bytes
-from hpc_gen.stages.build import open_decoder, open_table, settings_of
+from hpc_gen.stages.build import open_decoder, open_table, settings_of, snippet_encoder
 from hpc_gen.stages.generation import trained_method
 from hpc_gen.stages.run_setup import load_run
 from hpc_gen.tokenizers.dinov2 import Dinov2Tokenizer
@@ -92,25 +91,9 @@ def open_studio(run: RunFolder, workspace: Path, settings: Mapping[str, Any], se
     method = trained_method(experiment, table, info.path, ema, device)
     own = dict(sample.settings) if sample is not None else {}
     typed = settings_of(experiment, {**own, **GUIDED, **settings})
-    encoder = _encoder(experiment, workspace, device)
+    encoder = snippet_encoder(experiment, workspace, device)
     side = experiment.encode.image_size if experiment.encode is not None else int(experiment.method["image_size"])
     return Studio(experiment, method, decoder, encoder, typed, side, seed)
-
-
-def _encoder(experiment: Experiment, workspace: Path, device: torch.device) -> Dinov2Tokenizer:
-    """The DINOv2 that the experiment encodes its snippets with."""
-    listed: list[TokenizerConfig] = []
-    if experiment.encode is not None:
-        listed = [experiment.encode.tokenizer, *(experiment.encode.also or {}).values()]
-    for config in listed:
-        if config.name == "dinov2":
-            found = tokenizers.build(config.name, workspace=workspace, device=device, **config.settings())
-            assert isinstance(found, Dinov2Tokenizer)
-            return found
-    raise UserError(
-        f"experiment '{experiment.name}' does not encode with dinov2, so nobody says which network makes its snippets; "
-        "add it to encode.also"
-    )
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -42,19 +42,35 @@ def bank_import(file: BankFile, target: Target, workspace: Workspace = None, dry
     epilog=example(
         "hpc-gen bank export tables/emoji32-gmem bank.pth",
         "hpc-gen bank export tables/emoji32-gmem bank.safetensors --rank 64 --dry-run",
+        "hpc-gen bank export tables/emoji32-gmem bank.pth --rank 64 --method randomised --seed 1 --dry-run",
     ),
 )
 def bank_export(
     table: TableFolder,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write: .pth or .safetensors.")],
     rank: Annotated[int | None, typer.Option("--rank", help="Write a low-rank bank of this rank.")] = None,
+    method: Annotated[str, typer.Option("--method", help="Of the low-rank bank: exact or randomised.")] = "exact",
+    oversampling: Annotated[
+        int, typer.Option("--oversampling", min=0, help="randomised: directions beyond the rank.")
+    ] = 10,
+    power_iterations: Annotated[
+        int, typer.Option("--power-iterations", min=0, help="randomised: passes that sharpen the directions.")
+    ] = 2,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="randomised: seed of the start.")] = 0,
     workspace: Workspace = None,
     dry_run: DryRun = False,
 ) -> None:
-    """The column cls_tokens of a table as a bank's file of the reference."""
+    """The column cls_tokens of a table as a bank's file of the reference.
+
+    The bank is read in passes and the file written as the rows come: memory does not grow with the number of rows.
+    """
+    from hpc_gen.methods.gmem.low_rank import Randomised
     from shard_tools import bank
 
-    bank.export_bank(bank.open_bank(workspace_of(workspace) / table), file, say, rank, dry_run)
+    if method != "exact" and rank is None:
+        raise UserError(f"--method {method} is of a low-rank bank; add --rank, as in --rank 64")
+    options = Randomised(oversampling, power_iterations, seed)
+    bank.export_bank(bank.open_bank(workspace_of(workspace) / table), file, say, rank, method, options, dry_run)
 
 
 @bank_app.command(
@@ -62,6 +78,8 @@ def bank_export(
     epilog=example(
         "hpc-gen bank append tables/bank tables/bank-grown --file more.pth",
         "hpc-gen bank append tables/bank tables/bank-mixed --between 2 5 --alpha 0.3",
+        "hpc-gen bank append tables/bank tables/bank-novel --images pictures --config job_configs/gmem/bank.yaml",
+        "hpc-gen bank append tables/bank tables/bank-both --table tables/other-bank",
     ),
 )
 def bank_append(
@@ -72,25 +90,43 @@ def bank_append(
         tuple[int, int] | None, typer.Option("--between", metavar="I J", help="One row between two of the bank.")
     ] = None,
     alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0, help="Weight of row I.")] = 0.5,
+    other: Annotated[str | None, typer.Option("--table", help="Rows of another table with snippets.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder of images; they are encoded.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Experiment whose encode section says how images are encoded.")
+    ] = None,
     workspace: Workspace = None,
     dry_run: DryRun = False,
 ) -> None:
     """A new bank: the rows of TABLE and more behind them.
 
-    More are the rows of a file, or alpha row_I + (1 - alpha) row_J. TABLE stays as it is.
+    More are the rows of a file or of another table, snippets of images, or alpha row_I + (1 - alpha) row_J. TABLE stays
+    as it is. Rows keep the names of their images.
     """
-    from shard_tools import bank
+    from shard_tools import bank, bank_images
 
-    if (file is None) == (between is None):
-        raise UserError("say what is appended: either --file, or --between I J")
-    opened = bank.open_bank(workspace_of(workspace) / table)
-    told: dict[str, Any]
+    if sum(each is not None for each in (file, between, other, images)) != 1:
+        raise UserError("say what is appended: one of --file, --table, --images and --between I J")
+    if (images is None) != (config is None):
+        raise UserError("--images and --config go together: the experiment says which network encodes the images")
+    root = workspace_of(workspace)
+    opened = bank.open_bank(root / table)
+    told: dict[str, Any] = {}
+    more: Any
     if file is not None:
-        more, told = bank.snippets_of_file(file), {}
+        more = bank.snippets_of_file(file)
+    elif other is not None:
+        more = bank.open_bank(root / other)
+    elif images is not None and config is not None:
+        if dry_run:
+            found = len(bank_images.images_below(images))
+            say(f"{root / target}: would write {opened.rows:,} rows and those of {found:,} images")
+            return
+        more = bank_images.snippets_of_images(config, root, images)
     else:
         assert between is not None
         more, told = bank.row_between(opened, *between, alpha), {"between": list(between), "alpha": alpha}
-    bank.append(opened, more, workspace_of(workspace) / target, told, say, dry_run)
+    bank.append(opened, more, root / target, told, say, dry_run)
 
 
 @bank_app.command("nearest", epilog=example("hpc-gen bank nearest tables/bank --row 7 -k 5"))
@@ -100,12 +136,13 @@ def bank_nearest(
     count: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
     workspace: Workspace = None,
 ) -> None:
-    """Rows whose snippets are nearest to one row's, by cosine."""
+    """Rows whose snippets are nearest to one row's, by cosine: row, cosine, and the image that it came from."""
     from shard_tools import bank
+    from shard_tools.inspect import shown
 
     opened = bank.open_bank(workspace_of(workspace) / table)
-    for place, cosine in bank.nearest(opened, bank.row_of(opened, row), count):
-        say(f"{place:>10}  {cosine:.4f}")
+    for place, cosine, name in bank.nearest(opened, bank.row_of(opened, row), count):
+        say(f"{place:>10}  {cosine:.4f}  {shown(name)}")
 
 
 @knowledge_app.command(

@@ -50,7 +50,8 @@ def format_info(facts: dict[str, Any]) -> list[str]:
         f" rows, {facts['bytes'] / 1e6:,.1f} MB",
     ]
     lines.append(
-        "names     " + ("image of each row: hpc-gen shards rows" if facts["has_names"] else "none: nobody knows the images")
+        "names     "
+        + ("image of each row: hpc-gen shards rows" if facts["has_names"] else "none: nobody knows the images")
     )
     for name, column in sorted(facts["columns"].items()):
         line = f"column    {name}: {column['dtype']} {column['shape']}"

@@ -1,4 +1,4 @@
-"""From which image each row of a table came: a sidecar beside each shard, `shard_00000.names.json`, told of in the index.
+"""From which image each row of a table came: a sidecar of each shard, `shard_00000.names.json`, told of in the index.
 
 A name is the source's own id of an image: the path below a folder, the member of a tar or zip, the file, row group and
 row of a Parquet set, the number in MNIST; free of this machine's paths. Rows of a bank that came from no image say what

@@ -3,7 +3,8 @@
 Read: files of torch.save (.pt, .pth, .ckpt, .bin; both formats) by a restricted reader, and safetensors. Only tensors,
 plain containers, text and numbers become real; classes and functions that a file names (argparse.Namespace of MAR and
 energy checkpoints, objects of pytorch_lightning, numpy scalars) become `Inert`s, of which nothing is imported or run.
-Written: safetensors, the same bytes for the same content.
+Written: safetensors, the same bytes for the same content; tensors too large for the memory in pieces, also as files of
+torch.save (tensor_pieces.py).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from torch import Tensor
 from hpc_gen.runtime import commit, torch_files
 from hpc_gen.runtime.errors import DataError, UserError, nearest
 from hpc_gen.runtime.pickle_values import Inert
+from hpc_gen.runtime.tensor_pieces import Pieces, pieces_of, write_torch
 
 __all__ = [
     "Inert",
+    "Pieces",
     "is_program",
     "metadata_of",
     "read_nested",
@@ -34,6 +37,7 @@ __all__ = [
     "select",
     "state_dicts",
     "write_tensors",
+    "write_torch",
 ]
 
 # names of the format's specification; torch.float32 -> "F32"
@@ -149,15 +153,15 @@ def metadata_of(path: str | Path) -> dict[str, str]:
 
 def write_tensors(
     path: str | Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Pieces],
     metadata: Mapping[str, str],
     fence: commit.FenceLike | None = None,
     described: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a safetensors file whole or not at all; returns its SHA-256. Equal content gives equal bytes.
 
-    (The library's own writer puts metadata in a random order.) Tensors of any device and stride; shared ones are
-    written once each. `described`: tensors without memory of the same names, types and shapes, so that each of
+    (The library's own writer puts metadata in a random order.) Tensors of any device and stride, or in pieces; shared
+    ones are written once each. `described`: tensors without memory of the same names, types and shapes, so that each of
     `tensors` is asked for once, when it is written. Raises UserError (disk full), DataError for a type that the format
     does not have.
     """
@@ -182,8 +186,8 @@ def write_tensors(
         with commit.CommitStream(staged) as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-                stream.write(flat.view(torch.uint8).numpy().data)
+                for part in pieces_of(tensors[name]):
+                    stream.write(part)
         commit.commit_file(staged, final, fence)
     except Exception:  # not BaseException: a simulated kill must leave what a kill leaves
         commit.remove_tree(staged)

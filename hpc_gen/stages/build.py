@@ -18,6 +18,7 @@ from hpc_gen.methods.materialise import materialise
 from hpc_gen.methods.protocol import Method, TableFacts
 from hpc_gen.runtime.errors import CheckpointError, DataError, UserError
 from hpc_gen.sampling.generate import Decoder
+from hpc_gen.tokenizers.dinov2 import Dinov2Tokenizer
 
 MOMENTS = "moments"  # a column that has to be scaled before it is learnt
 
@@ -51,6 +52,22 @@ def open_table(workspace: Path, path: str, experiment: Experiment | None = None)
 def condition_table(workspace: Path, sample: SampleConfig, table: Table) -> Table:
     """The table whose rows images are conditioned on: that of `sample.conditions`, else the training table."""
     return table if sample.conditions is None else Table.open(workspace / sample.conditions)
+
+
+def snippet_encoder(experiment: Experiment, workspace: Path, device: torch.device) -> Dinov2Tokenizer:
+    """The DINOv2 that the experiment encodes its snippets with. Raises UserError where it has none."""
+    listed: list[TokenizerConfig] = []
+    if experiment.encode is not None:
+        listed = [experiment.encode.tokenizer, *(experiment.encode.also or {}).values()]
+    for config in listed:
+        if config.name == "dinov2":
+            found = tokenizers.build(config.name, workspace=workspace, device=device, **config.settings())
+            assert isinstance(found, Dinov2Tokenizer)
+            return found
+    raise UserError(
+        f"experiment '{experiment.name}' does not encode with dinov2, so nobody says which network makes its snippets; "
+        "add it to encode.also"
+    )
 
 
 def tokenizer_config(experiment: Experiment) -> TokenizerConfig | None:

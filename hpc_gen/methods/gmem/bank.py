@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.methods.gmem import low_rank
+from hpc_gen.runtime.errors import DataError
 
 Interpolation = Literal["linear", "spherical", "concat", "mask"]
 LOW_RANK_KEYS = ("C", "M", "S", "mean")
@@ -67,26 +68,12 @@ class LowRankBank:
 
     @classmethod
     def of(cls, rows_NE: Tensor, rank: int) -> LowRankBank:
-        """The best bank of this rank in the sense of squares, computed in float64 from moments: memory of E x E.
+        """The best bank of this rank in the sense of squares, of rows in memory (low_rank.py has them in pieces).
 
         Raises UserError for a rank that the rows do not have.
         """
-        num_rows, width = rows_NE.shape
-        if not 1 <= rank <= min(num_rows, width):
-            raise UserError(
-                f"a bank of {num_rows} rows of {width} has no rank {rank}; give 1 to {min(num_rows, width)}"
-            )
-        wide = rows_NE.double()
-        mean = wide.mean(dim=0)
-        centred = wide - mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred)
-        singular = values.flip(0)[:rank].clamp_min(0).sqrt()
-        right = vectors.flip(1)[:, :rank]
-        if not float(singular[-1]) > 0:
-            raise UserError(f"the bank's rows span fewer than {rank} directions; give a smaller rank")
-        basis = right * singular.sqrt()
-        coefficients = centred @ right / singular.sqrt()
-        return cls(coefficients.float(), basis.float(), singular.float(), mean.float())
+        found = low_rank.exact(lambda: [rows_NE], rank)
+        return cls(found.coefficients(rows_NE), found.basis, found.singular_values.float(), found.mean.float())
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], source: str) -> LowRankBank:
