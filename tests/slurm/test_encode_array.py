@@ -130,6 +130,9 @@ def test_killed_at_random_and_still_the_same(
     assert table.verify() == [] and kills >= 2
     assert table.identity == undisturbed.identity
     assert [info.sha256 for info in table.index.shards] == [info.sha256 for info in undisturbed.index.shards]
+    assert table.index.names == undisturbed.index.names
+    names = table.names(np.arange(table.rows)) or []
+    assert len(set(names)) == table.rows and f"train/{victim.parent.name}/{victim.name}" not in names
     check_counts(TableIndex.read(table.folder), victim, listed, total)
     units = sum(1 for _ in run.ledger("encode").glob("*.json"))
     commits = Counter(event.fields["unit"] for event in journal.read(run) if event.kind == "unit_committed")

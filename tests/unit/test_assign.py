@@ -11,6 +11,7 @@ import torch
 
 from hpc_gen.data.index import LABELS, ROW_ID, ColumnInfo, ShardInfo, TableIndex
 from hpc_gen.data.ptshard import columns_of, content_sha256, write_shard
+from hpc_gen.data.row_names import write_names
 from hpc_gen.data.table import Table
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
@@ -19,6 +20,7 @@ from hpc_gen.tokenizers.kmeans import Centroids
 from shard_tools.assign import AssignOptions, AssignWorker
 
 ROWS, TOKENS, WIDTH, CODES = 22, 4, 6, 5
+NAMES = [f"train/{row}.png" for row in range(ROWS)]
 
 
 @pytest.fixture
@@ -38,7 +40,9 @@ def features(tmp_path: Path) -> dict[str, torch.Tensor]:
         size, sha256 = path.stat().st_size, commit.sha256_file(path)
         infos.append(ShardInfo(path.name, len(part[LABELS]), size, sha256, content_sha256(part)))
     made_by = {"name": "dinov2", "weights_sha256": "w"}
-    TableIndex(columns_of(columns), tuple(infos), num_classes=3, tokenizer=made_by).write(tmp_path / "f")
+    names = [write_names(tmp_path / "f", n, NAMES[8 * n : 8 * n + 8]) for n in range(3)]
+    index = TableIndex(columns_of(columns), tuple(infos), num_classes=3, tokenizer=made_by, names=tuple(names))
+    index.write(tmp_path / "f")
     Centroids(torch.randn(CODES, WIDTH, generator=generator)).write(tmp_path / "km.npy")
     return columns
 
@@ -72,6 +76,7 @@ def test_codes_of_a_table(tmp_path: Path, features: dict[str, torch.Tensor]) -> 
     assert torch.equal(found[LABELS], features[LABELS]) and torch.equal(found[ROW_ID], features[ROW_ID])
     assert table.index.tokenizer["name"] == "dinov2" and table.index.tokenizer["centroids"]["codes"] == CODES
     assert table.index.columns["codes"] == ColumnInfo("int32", (TOKENS,)) and table.shard_rows == [8, 8, 6]
+    assert table.names(np.arange(ROWS)) == NAMES
     assert run(tmp_path, make_worker(tmp_path)) == []
 
 

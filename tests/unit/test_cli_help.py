@@ -60,7 +60,7 @@ def call(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subproc
 def test_all_commands_are_there() -> None:
     assert set(COMMANDS) == {
         "demo", "run", "stage", "encode", "train", "sample", "evaluate", "report", "status", "preempt", "resume", "doctor",
-        "config show", "config schema", "shards fetch", "shards info", "shards verify", "weights fetch",
+        "config show", "config schema", "shards fetch", "shards info", "shards rows", "shards verify", "weights fetch",
         "shards index", "shards convert", "shards split", "shards join", "shards stats", "weights list", "weights verify", "weights import", "weights export",
         "checkpoints list", "checkpoints verify", "checkpoints convert", "checkpoints prune", "prove-resume",
         "metrics stats", "metrics show", "sweep", "fork", "compare", "gc", "lab start", "lab stop", "lab status", "submit",

@@ -211,7 +211,7 @@ def test_rows_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout
     assert isinstance(worker, forecast.Forecasts)
     need = worker.forecast()
     units = 3 + 1
-    assert need == (Need(14 * (64 + 8), 2 * units) if layout == "ptshard" else Need(14 * 4096, 14 + units))
+    assert need == (Need(14 * (64 + 8), 3 * units) if layout == "ptshard" else Need(14 * 4096, 14 + 2 * units))
     assert line.startswith(f"encode will write about {forecast.told(need)}; ")
     monkeypatch.setattr(runner.StopToken, "install", lambda self: None)
     assert runner.run_stage(run, "encode") == 0
