@@ -172,7 +172,8 @@ def test_what_is_encoded_is_what_training_reads(path: Path) -> None:
     assert set(built(resolved(path)).columns()) <= made
 
 
-GMEM = [path for path in FILES if path.parent.name == "gmem"]
+BANK = FOLDER / "gmem" / "bank.yaml"
+GMEM = [path for path in FILES if path.parent.name == "gmem" and path != BANK]
 
 
 @pytest.mark.parametrize("path", GMEM, ids=name_of)
@@ -191,3 +192,17 @@ def test_the_published_recipe_of_gmem(path: Path) -> None:
     if method.condition == "snippet":
         assert (method.snippet_dropout, method.projection_weight, method.repr_after_block) == (0.4, 0.5, 4)
         assert sample.rows == "uniform"
+
+
+def test_the_bank_alone_is_encoded_as_the_banks_of_trainings_are() -> None:
+    """The same network, grid and crop as in the training's own table, so that its rows can be drawn and appended."""
+    bank, training = (resolved(path).experiment for path in (BANK, FOLDER / "gmem" / "sde_xl.yaml"))
+    assert bank.stage_order() == ["encode"] and bank.train is None and bank.data.table != training.data.table
+    assert bank.encode is not None and training.encode is not None and training.encode.also is not None
+    own, theirs = bank.encode.tokenizer, training.encode.also["dino"]
+    assert own.dinov2 is not None and theirs.dinov2 is not None
+    assert (own.weights, own.preset, own.dinov2.grid) == (theirs.weights, theirs.preset, theirs.dinov2.grid)
+    assert own.dinov2.positions == theirs.dinov2.positions
+    assert own.dinov2.columns == ["cls_tokens"] and not own.dinov2.flip
+    for key in ("source", "source_path", "image_size", "crop", "crop_size", "short_side", "background"):
+        assert getattr(bank.encode, key) == getattr(training.encode, key), key

@@ -99,8 +99,8 @@ def test_killed_at_any_write_the_old_file_stands(tmp_path: Path) -> None:
     while True:
         write_torch(path, old)
         killed = killed_at(operation, lambda: write_torch(path, in_pieces(new, 200_000)))
-        assert torch.equal(read_nested(path), old if killed and operation < 5 else read_nested(path))
-        assert read_nested(path).shape in (old.shape, new.shape)
+        found = read_nested(path)
+        assert any(found.shape == whole.shape and torch.equal(found, whole) for whole in (old, new))
         if not killed:
             assert torch.equal(read_nested(path), new)
             break
