@@ -34,6 +34,41 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "names of rows that count the images left out",
+        "shard_tools/encode.py",
+        "[ids[item] for item in items]",
+        "[ids[item] for item in output.items(number)[: len(items)]]",
+        ("tests/unit/test_row_names.py",),
+    ),
+    Mutant(
+        "names that verify does not look at",
+        "hpc_gen/data/table.py",
+        "        for names in self.index.names:\n",
+        "        for names in ():\n",
+        ("tests/unit/test_row_names.py",),
+    ),
+    Mutant(
+        "moments of pieces merged as if all had one mean",
+        "hpc_gen/methods/gmem/low_rank.py",
+        "moments += wide.T @ wide + torch.outer(apart, apart) * (count * len(wide) / both)",
+        "moments += wide.T @ wide",
+        ("tests/unit/test_gmem_low_rank.py",),
+    ),
+    Mutant(
+        "a randomised bank without its power iterations",
+        "hpc_gen/methods/gmem/low_rank.py",
+        "for _ in range(options.power_iterations + 1):",
+        "for _ in range(1):",
+        ("tests/unit/test_gmem_low_rank.py",),
+    ),
+    Mutant(
+        "a bank that is collected before it is written",
+        "shard_tools/bank.py",
+        "torch.float32, lambda: _pass(bank))",
+        "torch.float32, lambda: [torch.cat(list(_pass(bank)))])",
+        ("tests/unit/test_gmem_bank.py",),
+    ),
+    Mutant(
         "a jackknife that forgets how many groups there are",
         "hpc_gen/metrics/resampling.py",
         "(GROUPS - 1) / GROUPS * np.sum(",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -17,12 +19,14 @@ from PIL import Image
 from shard_files import content
 from tiny_tokenizers import write_dinov2
 
+from hpc_gen import cli, cli_errors
 from hpc_gen.data.images import decode_image
 from hpc_gen.data.table import Table
 from hpc_gen.runtime import clock
 from hpc_gen.runtime.errors import ExitCode
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.tensor_files import read_nested
+from hpc_gen.stages.run_setup import load_run
 from hpc_gen.stages.units import Ledger
 from hpc_gen.tokenizers.dinov2 import Dinov2Tokenizer
 from shard_tools.pixels import cut
@@ -42,7 +46,7 @@ IMAGES, BAD = 50, "train/b/07.png"
 
 
 class Desk:
-    """Commands in a workspace, as a user types them."""
+    """Commands in a workspace: those that start processes as a user types them, the others in this process."""
 
     def __init__(self, workspace: Path) -> None:
         self.workspace = workspace
@@ -59,11 +63,19 @@ class Desk:
             start_new_session=True,
         )
 
-    def __call__(self, *words: str, code: int = 0, **variables: str) -> str:
-        process = self.start(*words, **variables)
+    def run(self, *words: str) -> str:
+        process = self.start(*words)
         said, _ = process.communicate()
-        assert process.returncode == code and "Traceback" not in said, said
+        assert process.returncode == 0 and "Traceback" not in said, said
         return said
+
+    def __call__(self, *words: str, code: int = 0) -> str:
+        given = [*words, "-w", str(self.workspace)]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.chdir(self.workspace):
+            ended = cli_errors.exit_code_of(lambda: cli.app(given, prog_name="hpc-gen", standalone_mode=False), given)
+        assert ended == code, said.getvalue()
+        return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +92,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     bad = folder / "pictures" / BAD.removeprefix("train/")
     bad.write_bytes(bad.read_bytes()[:50])
     found = Desk(folder)
-    found("run", BANK, *TINY, "name=undisturbed", "data.table=tables/bank", "encode.max_bad_fraction=0.1")
+    found.run("run", BANK, *TINY, "name=undisturbed", "data.table=tables/bank", "encode.max_bad_fraction=0.1")
     return found
 
 
@@ -95,15 +107,11 @@ def test_one_command_makes_a_bank_that_knows_its_files(desk: Desk) -> None:
     assert sorted(table.index.columns) == ["cls_tokens", "labels"] and table.rows == IMAGES - 1
     found = by_name(table)
     assert BAD not in found and len(found) == IMAGES - 1
+    encode = load_run(RunFolder(desk.workspace / "runs/undisturbed")).experiment.encode
+    assert encode is not None
     tokenizer = Dinov2Tokenizer(desk.workspace / "dino.safetensors", dinov2={"grid": 2})
     for name in list(found)[::7]:
         image = decode_image((desk.workspace / "pictures" / name.removeprefix("train/")).read_bytes())
-        section = RunFolder(desk.workspace / "runs/undisturbed")
-        assert section.exists()
-        from hpc_gen.stages.run_setup import load_run
-
-        encode = load_run(section).experiment.encode
-        assert encode is not None
         assert torch.equal(tokenizer.snippets(cut(image, encode)[None])[0], found[name]), name
     assert "names     image of each row" in desk("shards", "info", "tables/bank")
     row = list(found).index("train/a/10.png")
@@ -124,7 +132,7 @@ def test_killed_and_resumed_it_is_the_same_bank(desk: Desk) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    desk("resume", "killed")
+    desk.run("resume", "killed")
     ours, theirs = (content(desk.workspace / "tables" / name) for name in ("killed", "bank"))
     assert {name for name in ours if not Path(name).name.startswith(".t")} == set(theirs)
     assert all(ours[name] == theirs[name] for name in theirs)
@@ -138,14 +146,15 @@ def test_a_tar_gives_the_same_snippets(desk: Desk) -> None:
             for path in sorted((desk.workspace / "pictures" / letter).iterdir()):
                 if f"train/{letter}/{path.name}" != BAD:
                     archive.add(path, path.name)
-    desk("run", BANK, *TINY, "name=tar", "data.table=tables/tar", "encode.source=tar", "encode.source_path=tars")
+    desk.run("run", BANK, *TINY, "name=tar", "data.table=tables/tar", "encode.source=tar", "encode.source_path=tars")
     found, wanted = (by_name(Table.open(desk.workspace / "tables" / name, verify=True)) for name in ("tar", "bank"))
     assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.timeout(600)
-def test_it_is_an_array_of_a_cluster(desk: Desk, tmp_path: Path) -> None:
-    fake = FakeSlurm(tmp_path)
+def test_it_is_an_array_of_a_cluster(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.path}:/usr/bin:/bin")
     words = [
         "submit",
         BANK,
@@ -156,7 +165,7 @@ def test_it_is_an_array_of_a_cluster(desk: Desk, tmp_path: Path) -> None:
         "--cluster",
         "lab",
     ]
-    said = desk(*words, "--dry-run", PATH=f"{fake.path}:{os.environ['PATH']}")
+    said = desk(*words, "--dry-run")
     assert "would submit  encode" in said and "13 of 13 units missing, an array of 2 tasks" in said, said
     assert "#SBATCH --array=0-1" in said and not (desk.workspace / "runs/array").exists()
 
@@ -167,7 +176,7 @@ def test_novel_images_are_appended_and_the_bank_is_exported(desk: Desk) -> None:
     novel.mkdir()
     for number in range(3):
         Image.radial_gradient("L").rotate(40 * number).resize((40, 30)).convert("RGB").save(novel / f"n{number}.png")
-    (desk.workspace / "tiny.yaml").write_text(desk("config", "show", BANK, *TINY))
+    (desk.workspace / "tiny.yaml").write_text(desk.run("config", "show", BANK, *TINY))
     words = ("bank", "append", "tables/bank", "tables/grown", "--images", "novel", "--config", "tiny.yaml")
     assert "would write 49 rows and those of 3 images" in desk(*words, "--dry-run")
     desk(*words)
