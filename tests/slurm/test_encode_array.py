@@ -155,3 +155,33 @@ def check_counts(index: TableIndex, victim: Path, listed: dict[str, int], total:
     assert set(index.columns) == {
         "vq_codes", "vq_codes_flip", "cls_tokens", "cls_tokens_flip", "representations", "representations_flip", "labels",
     }  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_a_bank_alone_is_an_array(lab: Lab, tmp_path_factory: pytest.TempPathFactory, until: Until) -> None:
+    """The shipped experiment with a small network: two tasks killed, the same bank as on one machine, named row by row."""
+    workspace = tmp_path_factory.mktemp("bank")
+    generate(workspace / "images")
+    write_dinov2(workspace / "dino.safetensors")
+    variables = lab.environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    config = str(ROOT / "job_configs" / "gmem" / "bank.yaml")
+    small = [f"encode.{each}" for each in ("source_path=images", "image_size=28", "shard_rows=3", f"tasks={TASKS}",
+             "tokenizer.preset=null", "tokenizer.weights=dino.safetensors", "tokenizer.dinov2.grid=2")]  # fmt: skip
+    hpc_gen(workspace, "run", config, *small, "name=alone", "data.table=tables/alone", variables=variables)
+    words = [*small, "name=array", "data.table=tables/array", "--cluster", "lab", "--set", "retries=9"]
+    hpc_gen(workspace, "submit", config, *words, variables=variables)
+    run, draw, index = (
+        RunFolder(workspace / "runs" / "array"),
+        random.Random(SEED),
+        workspace / "tables/array/index.json",
+    )
+    for _ in range(2):
+        before = begun(run)
+        until(lambda before=before: begun(run) >= before + 1 or index.exists(), "work goes on", 240)
+        until(lambda: kill_one(run, draw) or index.exists(), "a task to kill", 60)
+    until(index.exists, "the stage ends", 300)
+    until(lambda: not lab.run(["squeue", "-h", "-n", "array.encode"]).stdout.strip(), "its jobs end", 120)
+    table, alone = (Table.open(workspace / "tables" / name, verify=True) for name in ("array", "alone"))
+    assert table.index.to_json() == alone.index.to_json() and len(table.index.names) == 16
+    names = table.names(np.arange(table.rows)) or []
+    assert set(names) == {f"train/{folder}/{i:02d}.jpg" for folder in ("cat", "dog") for i in range(24)}
