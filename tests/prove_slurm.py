@@ -85,9 +85,10 @@ def run_all(work: Path, image: Path | None, only: str, record: Path) -> dict[str
             bare.undisturbed("narrow", *NARROW, stages="encode,train")
         for number, (name, case) in enumerate(wanted.items(), 1):
             print(f"[{number}/{len(wanted)}] {name}", flush=True)
-            for run in (work / "scene" / "runs").glob("*"):  # of cases that are over, or were cut short
-                if run.name != "narrow":
-                    shutil.rmtree(run)
+            for kind in ("runs", "marks"):  # of cases that are over, or were cut short
+                for folder in (work / "scene" / kind).glob("*"):
+                    if folder.name != "narrow":
+                        shutil.rmtree(folder)
             try:
                 found[name] = case(bare, inside)
                 print(f"    {'sound' if found[name].sound else 'UNSOUND'}: {found[name]}", flush=True)
