@@ -84,6 +84,18 @@ def split(value: Any) -> tuple[Any, Any]:
     return plain(value), {}
 
 
+def without_unset(section: BaseModel) -> dict[str, Any]:
+    """`plain` of a section without the keys marked WHEN_SET that are null; sections inside it are left as they are.
+
+    For sections that are hashed as mappings (a method's), where `split` cannot see the marks.
+    """
+    return {
+        name: plain(getattr(section, name))
+        for name, field in type(section).model_fields.items()
+        if not (getattr(section, name) is None and _is_marked(field, "when_set"))
+    }
+
+
 def plain(value: Any) -> Any:
     """The value as JSON types: models become mappings, tuples become lists."""
     if isinstance(value, BaseModel):

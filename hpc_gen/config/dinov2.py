@@ -69,8 +69,10 @@ class Dinov2Config(Section):
     """codes: file .npy of the centroids, float32 [codes, width], relative to the workspace."""
     centroids_sha256: Sha256 | None = None
     """codes: SHA-256 that this file must have; null = any (tables know the centroids by their content)."""
-    precision: Literal["float16", "float32"] = "float16"
+    precision: Literal["float16", "bfloat16", "float32"] = "float16"
     """representations, features: how they are stored; cls_tokens are always float32."""
+    compute: Literal["bfloat16"] | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """Number format of the network's matrix products; null = float32, as the references."""
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Dinov2Config:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from hpc_gen.config import describe, yaml_tree
-from hpc_gen.config.base import plain, split
+from hpc_gen.config.base import plain, split, without_unset
 from hpc_gen.config.errors import ConfigError
 from hpc_gen.config.experiment import Experiment
 from hpc_gen.config.problems import sentences
@@ -118,7 +118,7 @@ def type_method(
     experiment, sources, origin = resolved.experiment, resolved.sources, resolved.origin
     section = {key: value for key, value in experiment.method.items() if key != "name"}
     typed = _validate(config_class, section, sources, "method", origin)
-    changes: dict[str, Any] = {"method": {"name": experiment.method["name"], **plain(typed)}}
+    changes: dict[str, Any] = {"method": {"name": experiment.method["name"], **without_unset(typed)}}
     if settings_class is not None:
         if experiment.sample is not None:
             settings = _validate(settings_class, experiment.sample.settings, sources, "sample.settings", origin)

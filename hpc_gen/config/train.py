@@ -12,6 +12,7 @@ from hpc_gen.config.daily import InitFromConfig
 from hpc_gen.config.engine import EngineConfig
 from hpc_gen.config.errors import KeyProblem
 from hpc_gen.config.observe import ProfileConfig
+from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.config.width import check_widths
 
 # `validate` is the right word for the key; pydantic's deprecated class method of that name is never called here.
@@ -82,14 +83,19 @@ class ValidateConfig(Section):
 
 
 class PreviewConfig(Section):
-    """A few samples drawn during training, one per label, with the same noise each time."""
+    """A few samples drawn during training, one per label or row, with the same noise each time."""
 
     every_images: PositiveInt | None = None
     """Interval, in images; a multiple of the global batch; null = only `at_images`."""
     at_images: list[PositiveInt] = Field(default_factory=list)
     """Further places, in images; multiples of the global batch."""
-    labels: Annotated[list[int | str], Field(min_length=1)]
-    """Class of each image, by number or by name."""
+    labels: Annotated[list[int | str], Field(min_length=1)] | None = None
+    """Class of each image, by number or by name; null = `rows` are given."""
+    rows: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None, json_schema_extra=WHEN_SET
+    )
+    """Row of each image in the table that images are conditioned on: that of `sample.conditions` (a memory bank), else
+    the training table; null = `labels` are given."""
     batch: PositiveInt | None = None
     """Images per batch, with which the pictures are the same bits on any number of ranks; null = each rank's share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -98,6 +104,16 @@ class PreviewConfig(Section):
     """Which average of the weights; null = the weights themselves; absent = the first of `train.ema`."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Sampler settings, typed by the method."""
+
+    @model_validator(mode="after")
+    def _labels_or_rows(self) -> PreviewConfig:
+        if (self.labels is None) == (self.rows is None):
+            given = "neither is" if self.labels is None else "both are"
+            raise KeyProblem(
+                "train.preview.labels" if self.labels is not None else "train.preview",
+                f"exactly one of 'train.preview.labels' and 'train.preview.rows' must be given, but {given}",
+            )
+        return self
 
 
 class OnlineEvaluationConfig(Section):
@@ -165,6 +181,9 @@ class TrainConfig(Section):
     engine: EngineConfig = EngineConfig()
     init_from: InitFromConfig | None = Field(default=None, json_schema_extra=WHEN_SET)
     """Weights that training begins from where there is no checkpoint yet; null = the method's initial values."""
+    frozen: dict[KeyName, TokenizerConfig] | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """Networks that the method's loss asks and nobody trains, by the names the method gives them; `sha256` of each is
+    filled in when the run is made. null = none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the networks' matrix products; masters, averages and losses are always fp32."""
     optimizer: OptimizerConfig

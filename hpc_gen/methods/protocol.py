@@ -142,6 +142,36 @@ class Measures(Protocol):
         ...
 
 
+FrozenNetwork = Callable[[Tensor], Mapping[str, Tensor]]
+"""A network that the objective asks and nobody trains: inputs [N, ...] -> its outputs by name, each [N, ...]."""
+
+
+@dataclass(frozen=True)
+class FrozenSpec:
+    """What a method gives a frozen network, and what it needs of it: one row of each."""
+
+    inputs: ColumnSpec
+    outputs: Mapping[str, ColumnSpec]
+
+
+@runtime_checkable
+class AsksFrozen(Protocol):
+    """An optional part of a method: frozen networks of other people (encoders, teachers) that its objective asks.
+
+    Which file each is read from says the section `train.frozen` under its name. They are no roles: they lie whole on
+    the device of every rank, no engine wraps or steps them, no checkpoint, average or export holds them. Only training
+    has them; `conditions` and `generate` do without.
+    """
+
+    def frozen(self) -> dict[str, FrozenSpec]:
+        """The networks that `objective` asks, by their names in `train.frozen`; {} = none."""
+        ...
+
+    def take_frozen(self, networks: Mapping[str, FrozenNetwork]) -> None:
+        """Keep these for `objective`; called once, before training, with all of them."""
+        ...
+
+
 class Conditioning(Protocol):
     """What a sampling plan tells a method about image `ids` [N] int64."""
 

@@ -29,22 +29,36 @@ class RanksLike(Protocol):
         ...
 
 
-class _Labels:
-    """Conditioning of a preview: label of image i = labels[i % len]; padding images repeat them."""
+class Chosen:
+    """Conditioning of a preview: image i has labels[i], or row rows[i] of a table; padding images repeat them.
 
-    def __init__(self, labels: Sequence[int], table: Table | None) -> None:
+    With labels alone it has row i. Raises UserError for a method that asks what was not chosen.
+    """
+
+    def __init__(self, labels: Sequence[int], rows: Sequence[int], table: Table | None) -> None:
+        """One of `labels` and `rows` is empty; `table`: of the rows."""
         self._labels = torch.tensor(list(labels), dtype=torch.int64)
+        self._rows = torch.tensor(list(rows), dtype=torch.int64)
         self._table = table
 
+    def __len__(self) -> int:
+        """Images of the preview."""
+        return max(len(self._labels), len(self._rows))
+
     def labels(self, ids: Tensor) -> Tensor:
+        """Class of each image, int64 [N]."""
+        if not len(self._labels):
+            raise UserError("this method is conditioned on classes; give train.preview.labels in place of rows")
         return self._labels[ids % len(self._labels)]
 
     def rows(self, ids: Tensor, columns: Sequence[str]) -> dict[str, Tensor]:
+        """Columns of each image's row, [N, ...]."""
         if self._table is None:
             raise UserError(
                 f"this preview needs table columns ({', '.join(columns)}), but has no table; set data.table"
             )
-        return self._table.read(ids % self._table.rows, columns)
+        rows = self._rows[ids % len(self._rows)] if len(self._rows) else ids % self._table.rows
+        return self._table.read(rows, columns)
 
 
 def share_of(num_images: int, batch: int, rank: int, world_size: int) -> list[range]:
@@ -65,30 +79,29 @@ def in_order(parts: Sequence[Sequence[Tensor]], num_images: int) -> Tensor:
 
 def preview(
     method: Method,
-    labels: Sequence[int],
+    chosen: Chosen,
     seed: int,
     settings: Any,
     ranks: RanksLike,
     poll: Callable[[], None],
     *,
     batch: int | None = None,
-    table: Table | None = None,
     decoder: Decoder | None = None,
 ) -> list[Tensor]:
-    """This rank's batches of images, each uint8 [B, 3, H, W], for `in_order`: image i has label i and the draws of i.
+    """This rank's batches of images, each uint8 [B, 3, H, W], for `in_order`: image i is what was chosen, with its draws.
 
     Every rank must call it, and makes the same number of images. `batch` None: each rank's whole share. `poll` may
     raise StopRequested, on all ranks at once. Raises DivergedError for latents that are not finite.
     """
-    if not labels:
-        raise UserError("train.preview.labels is empty; name at least one label")
-    batch = batch or -(-len(labels) // ranks.world_size)
+    if not len(chosen):
+        raise UserError("train.preview names no image; give at least one label or row")
+    batch = batch or -(-len(chosen) // ranks.world_size)
     found: list[Tensor] = []
     with sampling_mode(method):
-        for share in share_of(len(labels), batch, ranks.rank, ranks.world_size):
+        for share in share_of(len(chosen), batch, ranks.rank, ranks.world_size):
             ids = torch.tensor(list(share), dtype=torch.int64)
             draws = Draws(seed, PURPOSE, ids)
-            found.append(generate_batch(method, _Labels(labels, table), draws, ids, settings, poll, decoder))
+            found.append(generate_batch(method, chosen, draws, ids, settings, poll, decoder))
     return found
 
 
@@ -121,11 +134,11 @@ def caption(label: int, num_classes: int, names: Sequence[str]) -> str:
     return f"class {label}: {names[label]}" if label < len(names) and names[label] else f"class {label}"
 
 
-def file_names(labels: Sequence[int]) -> list[str]:
+def file_names(numbers: Sequence[int], what: str = "class") -> list[str]:
     """`class_LABEL.png` per picture; the second of a label is `class_LABEL_2.png`."""
     seen: Counter[int] = Counter()
     names: list[str] = []
-    for label in labels:
-        seen[label] += 1
-        names.append(f"class_{label}.png" if seen[label] == 1 else f"class_{label}_{seen[label]}.png")
+    for number in numbers:
+        seen[number] += 1
+        names.append(f"{what}_{number}.png" if seen[number] == 1 else f"{what}_{number}_{seen[number]}.png")
     return names

@@ -1,6 +1,7 @@
-"""Where a run's first weights come from: `train.init_from` is pinned to a content, so that the identity covers it.
+"""Weights of others that a training uses: `train.init_from` and `train.frozen` are pinned to a content, so that the
+identity covers it.
 
-Starts no torch: it looks at names and hashes only. The weights themselves are read by stages/initial.py.
+Starts no torch: it looks at names and hashes only. The weights are read by stages/initial.py and stages/frozen.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from hpc_gen.config import loader
 from hpc_gen.config.experiment import InitFromConfig
 from hpc_gen.config.loader import Resolved
+from hpc_gen.config.tokenizer import TokenizerConfig
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import CheckpointError, DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
@@ -38,23 +40,54 @@ def init_from(resolved: Resolved | None) -> InitFromConfig | None:
 
 
 def pinned(resolved: Resolved, workspace: Path, before: Resolved | None = None) -> Resolved:
-    """The experiment with the content of `train.init_from` in it: its hash, and 'latest' as a number.
+    """The experiment with the content of `train.init_from` and `train.frozen` in it: hashes, and 'latest' as a number.
 
     So the identity covers what was loaded. `before`: the experiment of the run that exists already; asked for the same
     it keeps its pins, whatever became of the source. Raises UserError when there is no such source, DataError when its
     hash is not the one that is given.
     """
+    changes: dict[str, Any] = {}
     given, held = init_from(resolved), init_from(before)
-    if given is None:
-        return resolved
-    if held is not None and _asks_the_same(given, held):
-        pins = {"sha256": held.sha256, "checkpoint": held.checkpoint}
-    else:
+    if given is not None and held is not None and _asks_the_same(given, held):
+        changes |= {"train.init_from.sha256": held.sha256, "train.init_from.checkpoint": held.checkpoint}
+    elif given is not None:
         found = locate(given, workspace)
-        pins = {"sha256": found.sha256}
+        changes["train.init_from.sha256"] = found.sha256
         if found.checkpoint is not None:
-            pins["checkpoint"] = found.checkpoint
-    return loader.with_changes(resolved, {f"train.init_from.{key}": value for key, value in pins.items()})
+            changes["train.init_from.checkpoint"] = found.checkpoint
+    there = _frozen(before)
+    for name, network in _frozen(resolved).items():
+        known = there.get(name)
+        if known is None or network.model_copy(update={"sha256": network.sha256 or known.sha256}) != known:
+            changes[f"train.frozen.{name}.sha256"] = _frozen_sha256(name, network, workspace)
+        else:
+            changes[f"train.frozen.{name}.sha256"] = known.sha256
+    return loader.with_changes(resolved, changes) if changes else resolved
+
+
+def _frozen(resolved: Resolved | None) -> dict[str, TokenizerConfig]:
+    """The section `train.frozen`, {} where there is none."""
+    train = resolved.experiment.train if resolved is not None else None
+    return (train.frozen or {}) if train is not None else {}
+
+
+def _frozen_sha256(name: str, network: TokenizerConfig, workspace: Path) -> str | None:
+    """SHA-256 of a frozen network's file, compared with the one that is given; None for one without a file."""
+    if network.weights is None:
+        return None
+    path, key = workspace / network.weights, f"train.frozen.{name}"
+    try:
+        found = commit.sha256_file(path)
+    except OSError as error:
+        raise UserError(
+            f"'{key}.weights' cannot be read: {path} ({error.strerror}); paths are relative to the workspace"
+        ) from error
+    if network.sha256 not in (None, found):
+        raise DataError(
+            f"{path} has the SHA-256 {found}, '{key}.sha256' is {network.sha256}: it is not what was asked for; restore "
+            "it, or begin another run"
+        )
+    return found
 
 
 def _asks_the_same(given: InitFromConfig, held: InitFromConfig) -> bool:

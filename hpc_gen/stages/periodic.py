@@ -7,19 +7,21 @@ training goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from hpc_gen.config.experiment import PreviewConfig, TrainConfig, ValidateConfig
 from hpc_gen.data.index import LABELS
+from hpc_gen.data.table import Table
 from hpc_gen.runtime import commit, journal
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, StopRequested, UserError
 from hpc_gen.runtime.journal import Event
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.sampling.images import captioned_grid, png_bytes
-from hpc_gen.sampling.preview import caption, file_names, in_order, numbered, preview
-from hpc_gen.stages.build import check_columns, open_table, settings_of
+from hpc_gen.sampling.preview import Chosen, caption, file_names, in_order, numbered, preview
+from hpc_gen.stages.build import check_columns, condition_table, open_table, settings_of
 from hpc_gen.stages.class_names import class_names
 from hpc_gen.stages.online import OnlineEvaluation
 from hpc_gen.stages.surroundings import Surroundings, measured, scalars
@@ -119,24 +121,37 @@ def _validation(around: Surroundings, config: TrainConfig, chosen: ValidateConfi
 
 
 class PreviewWork:
-    """Pictures of a few classes: `previews/IMAGES.png` with captions, and each alone in `previews/IMAGES/`."""
+    """Pictures of a few classes, or rows of a memory bank: `previews/IMAGES.png` with captions, and each alone in
+    `previews/IMAGES/`."""
 
     def __init__(self, around: Surroundings, config: PreviewConfig) -> None:
         """Check everything that can be wrong. Raises UserError or DataError."""
         self._around = around
         self._config = config
-        num_classes = around.table.index.num_classes
-        names = class_names(around.experiment, around.table, around.workspace)
-        self._labels = numbered(config.labels, num_classes, names)
-        if LABELS in around.job.method.columns():
-            self._captions = [caption(label, num_classes, names) for label in self._labels]
-            self._files = file_names(self._labels)
-        else:  # pictures of rows of the table, or of nothing: their labels only count them
-            self._captions = [f"image {i}" for i in range(len(self._labels))]
-            self._files = [f"image_{i}.png" for i in range(len(self._labels))]
+        self._told: dict[str, object] = {}
+        if config.rows is not None:
+            table = _bank_of(around, config.rows)
+            self._chosen = _rows_chosen(around, config.rows, table)
+            self._captions = [f"row {row}" for row in config.rows]
+            self._files = file_names(config.rows, "row")
+            self._told = {"rows": list(config.rows), "table": table.identity}
+        else:
+            self._choose_labels(around, config.labels or [])
         self._settings = settings_of(around.experiment, config.settings)
         self._seed = around.experiment.seed if config.seed is None else config.seed
         _ = around.decoder  # a tokenizer that does not fit is refused now
+
+    def _choose_labels(self, around: Surroundings, given: Sequence[int | str]) -> None:
+        num_classes = around.table.index.num_classes
+        names = class_names(around.experiment, around.table, around.workspace)
+        labels = numbered(given, num_classes, names)
+        self._chosen = Chosen(labels, (), around.table)
+        if LABELS in around.job.method.columns():
+            self._captions = [caption(label, num_classes, names) for label in labels]
+            self._files = file_names(labels)
+        else:  # pictures of rows of the table, or of nothing: their labels only count them
+            self._captions = [f"image {i}" for i in range(len(labels))]
+            self._files = [f"image_{i}.png" for i in range(len(labels))]
 
     def __call__(self, images_seen: int) -> dict[str, float]:
         """Make and write the pictures; what the sampler measured is for the row. Raises StopRequested."""
@@ -145,18 +160,17 @@ class PreviewWork:
         with job.ema.applied(self._config.ema), self._around.shared() as poll:
             mine = preview(
                 job.method,
-                self._labels,
+                self._chosen,
                 self._seed,
                 self._settings,
                 ranks,
                 poll,
                 batch=self._config.batch,
-                table=self._around.table,
                 decoder=self._around.decoder,
             )
         gathered = ranks.gather_objects(mine)
         if gathered is not None:
-            self._write(images_seen, in_order(gathered, len(self._labels)))
+            self._write(images_seen, in_order(gathered, len(self._chosen)))
         return scalars(ranks.all_gather_objects(measured(job.method)), "preview")
 
     def _write(self, images_seen: int, images: Tensor) -> None:
@@ -183,4 +197,30 @@ class PreviewWork:
             captions=self._captions,
             seed=self._seed,
             ema=self._config.ema,
+            **self._told,
         )
+
+
+def _bank_of(around: Surroundings, rows: Sequence[int]) -> Table:
+    """The table that images are conditioned on. Raises UserError where it does not have these rows."""
+    sample = around.experiment.sample
+    table = around.table if sample is None else condition_table(around.workspace, sample, around.table)
+    if max(rows) >= table.rows:
+        raise UserError(
+            f"train.preview.rows names row {max(rows)}, but {table.folder} has {table.rows} rows; use 0 to "
+            f"{table.rows - 1}, or name the bank that has it with sample.conditions"
+        )
+    return table
+
+
+def _rows_chosen(around: Surroundings, rows: Sequence[int], table: Table) -> Chosen:
+    """These rows as conditioning, read once. Raises UserError or DataError where the method cannot use them."""
+    chosen, method = Chosen((), rows, table), around.job.method
+    specs = method.columns()
+    for name, value in method.conditions(torch.arange(len(rows)), chosen).items():
+        if name in specs and tuple(value.shape[1:]) != specs[name].shape:
+            raise UserError(
+                f"train.preview.rows: a row of '{name}' of {table.folder} has shape {list(value.shape[1:])}, the method "
+                f"needs {list(specs[name].shape)}; name a bank of the encoder that it is trained with"
+            )
+    return chosen

@@ -38,6 +38,7 @@ from hpc_gen.runtime.stop import Stop, StopToken
 from hpc_gen.runtime.tracking import WandbMirror
 from hpc_gen.stages import forecast, save_interval, width
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
+from hpc_gen.stages.frozen import give_frozen
 from hpc_gen.stages.initial import take_initial_weights
 from hpc_gen.stages.origin import CARRIED
 from hpc_gen.stages.periodic import cuts_at, periodic_work
@@ -233,6 +234,7 @@ def _prepare(
     table = open_table(workspace, _table_folder(experiment, workspace, stop, ranks, attempt), experiment)
     method = meta_method(experiment, table_facts(table))
     check_columns(method, table)
+    frozen = give_frozen(experiment, method, workspace, ranks.device)
     refuse(method, config, ranks.world_size, ranks.device.type)
     modules = materialise(method, experiment.seed) if needs_values(config, ranks) else method.roles()
     progress = Progress(config.end_images, f"train {run.name}") if ranks.is_main else _Silent(config.end_images, "")
@@ -269,6 +271,8 @@ def _prepare(
         return Feed(table, order, plan, turn_draws, start_images, draw_counter, config.end_images, move)
 
     facts = training_facts(resolved, table, engine.name)
+    if frozen:
+        facts["frozen"] = frozen
     if taken is not None:
         facts["initial"] = taken.facts
         attempt.journal.event("initial_weights", **taken.facts, left=taken.differences)

@@ -16,6 +16,7 @@ from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import weights
 from hpc_gen.stages.build import table_facts
+from hpc_gen.stages.frozen import give_stand_ins
 from hpc_gen.training.engines import build
 from hpc_gen.training.fake_step import FakeStep, measure
 from hpc_gen.training.memory_plan import plan_memory
@@ -71,6 +72,7 @@ def flops_per_image(run: RunFolder, resolved: Resolved, workspace: Path) -> Fake
 def _method(resolved: Resolved, workspace: Path) -> tuple[Method, Columns]:
     """A fresh method on the meta device, and the columns of its table (where there is none yet: as the method asks)."""
     method = weights.meta_of(resolved.experiment, workspace)
+    give_stand_ins(method)
     table = weights.known_table(resolved.experiment, workspace)
     found: Columns = {name: (spec.dtypes[0], spec.shape) for name, spec in method.columns().items()}
     return method, {**found, **(dict(table_facts(table).columns) if table is not None else {})}

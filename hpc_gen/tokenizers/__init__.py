@@ -49,6 +49,15 @@ class FullPrecision(Protocol):
         ...
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """A tokenizer that training can ask, as a frozen network."""
+
+    def on_device(self, pixels: Tensor) -> dict[str, Tensor]:
+        """As `encode`, of the images as they are (no mirror images), left on the device of its network."""
+        ...
+
+
 def _identity(workspace: Path, device: torch.device) -> Tokenizer:
     return Identity()
 
@@ -133,4 +142,4 @@ def build(name: str, *, workspace: Path, device: torch.device = CPU, **settings:
     return TOKENIZERS[name](workspace=workspace, device=device, **settings)
 
 
-__all__ = ["TOKENIZERS", "FullPrecision", "Identity", "Tokenizer", "build"]
+__all__ = ["TOKENIZERS", "FullPrecision", "Identity", "OnDevice", "Tokenizer", "build"]

@@ -111,6 +111,8 @@ class Dinov2Tokenizer:
             "positions": config.positions,
             "precision": config.precision,
         }
+        if config.compute is not None:
+            found["compute"] = config.compute
         if self._inner_wanted:
             found["layer_from_end"] = config.layer_from_end
         if self.centroids is not None:
@@ -121,7 +123,8 @@ class Dinov2Tokenizer:
         """uint8 [N, 3, H, H] -> the columns on the CPU.
 
         cls_tokens float32 [N, D] (not normalised), representations and features [N, G*G, D] in the precision asked for,
-        codes int32 [N, G*G], row by row. As with the autoencoder, a row's bytes depend on its own pixels alone.
+        codes int32 [N, G*G], row by row. As with the autoencoder, a row's bytes depend on its own pixels alone. Raises
+        DataError for features that are not finite in that precision.
         """
         self._check_pixels(pixels)
         columns: dict[str, Tensor] = {}
@@ -129,8 +132,19 @@ class Dinov2Tokenizer:
             if ending and not self.config.flip:
                 continue
             found = in_batches(self._columns_of, each, self._batch)
-            columns |= {name + ending: _stored(name, column, self.config.precision) for name, column in found.items()}
+            columns |= {name + ending: self._stored(name, column) for name, column in found.items()}
         return {name: columns[name] for name in self.columns}
+
+    def on_device(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 [N, 3, H, H] -> the columns of these images (not of their mirror images), on the network's device.
+
+        What `encode` gives: on a CPU to the bit, on a GPU to rounding, for there all images are one forward pass. An
+        autocast around it changes nothing. Values that are not finite are handed on: to look would wait for the device.
+        """
+        self._check_pixels(pixels)
+        alone = self._device.type == "cpu"
+        found = in_batches(self._columns_of, pixels, self._batch) if alone else self._columns_of(pixels)
+        return {name: _rounded(name, column, self.config.precision) for name, column in found.items()}
 
     def decode(self, latents: Tensor) -> Tensor:
         """Refused: features have no way back to pixels."""
@@ -151,7 +165,7 @@ class Dinov2Tokenizer:
         def of_batch(part: Tensor) -> dict[str, Tensor]:
             depth = self.model.sizes.depth
             images = self.prepare(part, legacy_range)
-            return {"cls_tokens": self.model(images, self._positions, [depth])[depth][:, 0]}
+            return {"cls_tokens": self._tokens(images, [depth])[depth][:, 0]}
 
         return in_batches(of_batch, pixels, self._batch)["cls_tokens"]
 
@@ -176,7 +190,7 @@ class Dinov2Tokenizer:
         inner = depth - self.config.layer_from_end + 1
         after = [depth] if "cls_tokens" in wanted or "representations" in wanted else []
         after += [inner] if self._inner_wanted else []
-        tokens = self.model(self.prepare(pixels), self._positions, after)
+        tokens = self._tokens(self.prepare(pixels), after)
         columns: dict[str, Tensor] = {}
         if "cls_tokens" in wanted:
             columns["cls_tokens"] = tokens[depth][:, 0]
@@ -188,6 +202,19 @@ class Dinov2Tokenizer:
             assert self.centroids is not None  # Dinov2Config
             columns["codes"] = self.centroids.assign(tokens[inner][:, prefix:]).to(torch.int32)
         return columns
+
+    def _tokens(self, images: Tensor, after: list[int]) -> dict[int, Tensor]:
+        """Tokens of the network after these blocks, float32; its matrix products in the format of `compute` alone."""
+        half = self.config.compute == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+            tokens = self.model(images, self._positions, after)
+        return {number: each.float() for number, each in tokens.items()}
+
+    def _stored(self, name: str, column: Tensor) -> Tensor:
+        rounded = _rounded(name, column, self.config.precision)
+        if rounded.dtype != column.dtype and not bool(torch.isfinite(rounded).all()):
+            raise DataError(f"{name} are not finite in {self.config.precision}; set tokenizer.dinov2.precision=float32")
+        return rounded
 
     @property
     def _inner_wanted(self) -> bool:
@@ -252,10 +279,6 @@ def _architecture(path: Path, given: Dinov2Architecture | None, preset: str | No
         raise DataError(f"{path} says of itself what cannot be understood; import the weights again") from error
 
 
-def _stored(name: str, column: Tensor, precision: str) -> Tensor:
-    if name in ("codes", "cls_tokens") or precision == "float32":
-        return column.contiguous()
-    halves = column.to(torch.float16)
-    if not bool(torch.isfinite(halves).all()):
-        raise DataError(f"{name} are not finite in half precision; set tokenizer.dinov2.precision=float32")
-    return halves
+def _rounded(name: str, column: Tensor, precision: str) -> Tensor:
+    """A column as it is stored."""
+    return column.contiguous() if name in ("codes", "cls_tokens") else column.to(getattr(torch, precision)).contiguous()

@@ -11,8 +11,9 @@ Classes:
   activations   of one micro-batch, by a backward pass on tensors without memory (fake_step.py)
 Told is the most loaded rank, rank 0: torch gives it the longer part of what does not divide. How fsdp cuts is not
 computed here but asked: `fully_shard` is applied to the networks on the meta device, in process groups of ranks that do
-not exist. With tensor parallelism activations are told as if nobody shared them: too many. Not counted: the batches of
-the feed, workspaces of kernels, fragmentation, NCCL's buffers (a GB or two).
+not exist. With tensor parallelism activations are told as if nobody shared them: too many. Not counted: networks of
+`train.frozen` (nor their FLOPs), the batches of the feed, workspaces of kernels, fragmentation, NCCL's buffers (a GB or
+two).
 """
 
 from __future__ import annotations

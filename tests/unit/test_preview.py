@@ -6,7 +6,7 @@ from torch import nn
 
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.randomness import Draw
-from hpc_gen.sampling.preview import caption, file_names, in_order, numbered, preview, share_of
+from hpc_gen.sampling.preview import Chosen, caption, file_names, in_order, numbered, preview, share_of
 
 
 class OneOf:
@@ -46,7 +46,7 @@ class Dots:
 def _images(world_size: int, labels: list[int], batch: int | None = None, seed: int = 3) -> tuple[torch.Tensor, Dots]:
     method = Dots()
     parts = [
-        preview(method, labels, seed, None, OneOf(rank, world_size), lambda: None, batch=batch)
+        preview(method, Chosen(labels, (), None), seed, None, OneOf(rank, world_size), lambda: None, batch=batch)
         for rank in range(world_size)
     ]
     return in_order(parts, len(labels)), method
@@ -88,8 +88,8 @@ def test_shares_hold_every_image_once(num_images, batch, world_size):
 
 
 def test_no_labels_no_preview():
-    with pytest.raises(UserError, match=r"train\.preview\.labels is empty"):
-        preview(Dots(), [], 3, None, OneOf(0, 1), lambda: None)
+    with pytest.raises(UserError, match=r"train\.preview names no image; give at least one label or row"):
+        preview(Dots(), Chosen((), (), None), 3, None, OneOf(0, 1), lambda: None)
 
 
 NAMES = ("cat", "dog", "smileys & emotion")

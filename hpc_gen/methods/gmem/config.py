@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
-from hpc_gen.config.base import PositiveInt, Section
+from hpc_gen.config.base import WHEN_SET, PositiveInt, Section
 from hpc_gen.config.errors import KeyProblem
 
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -63,7 +63,10 @@ class GmemConfig(Section):
     repr_dim: PositiveInt = 768
     """Length of a representation (DINOv2 ViT-B: 768)."""
     repr_tokens: PositiveInt | None = None
-    """Tokens of a stored representation; null = those of the network, which they must match."""
+    """Tokens of a representation; null = those of the network, which they must match."""
+    representations: Literal["stored", "online"] | None = Field(default=None, json_schema_extra=WHEN_SET)
+    """stored: read from the column `representations`; online: computed in training from the column `pixels` by the
+    frozen network `train.frozen.representations`; null = stored."""
     repr_after_block: PositiveInt = 4
     """The projector reads the tokens after this block (1-based)."""
     cosine_loss: bool = True
@@ -101,8 +104,13 @@ class GmemConfig(Section):
 
     @property
     def projects(self) -> bool:
-        """Whether training reads representations."""
+        """Whether training needs representations."""
         return self.condition == "snippet" and self.projection_weight > 0
+
+    @property
+    def online(self) -> bool:
+        """Whether they are computed in training."""
+        return self.representations == "online"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GmemConfig:
@@ -133,6 +141,12 @@ class GmemConfig(Section):
                 "method.repr_tokens",
                 f"'method.repr_tokens' = {self.repr_tokens}, but the network has {self.num_tokens} tokens per image; "
                 "encode representations on the same grid",
+            )
+        if self.online and not self.projects:
+            raise KeyProblem(
+                "method.representations",
+                "'method.representations' = 'online', but no loss asks for them; remove it, or set "
+                "'method.projection_weight' above 0 and 'method.condition' to snippet",
             )
         if self.independent_flips and not self.horizontal_flip:
             raise KeyProblem(

@@ -16,11 +16,21 @@ from hpc_gen.diffusion.flow import LinearPath, interpolate, lognormal_times
 from hpc_gen.methods.gmem import model as gmem_model
 from hpc_gen.methods.gmem.bank import as_condition
 from hpc_gen.methods.gmem.config import GmemConfig, SamplingSettings
-from hpc_gen.methods.gmem.recipe import FLIP, LABELS, REPRESENTATIONS, SNIPPETS, column_specs
+from hpc_gen.methods.gmem.recipe import (
+    FLIP,
+    LABELS,
+    PIXELS,
+    REPRESENTATIONS,
+    SNIPPETS,
+    column_specs,
+    frozen_specs,
+)
 from hpc_gen.methods.gmem.sampler import guided_velocity, solution
 from hpc_gen.methods.protocol import (
     ColumnSpec,
     Conditioning,
+    FrozenNetwork,
+    FrozenSpec,
     Losses,
     ParallelPlan,
     ParameterGroup,
@@ -43,6 +53,7 @@ class Gmem:
         self.config = config
         self.num_classes = num_classes
         self.scale = scale if scale is not None else LatentScale()
+        self._frozen: dict[str, FrozenNetwork] = {}
         with torch.device("meta"):
             self.model = gmem_model.LightningDiT(config, num_classes)
         if config.condition == "snippet" and not config.projects:
@@ -87,6 +98,14 @@ class Gmem:
         """Latents, snippets and representations, each with its mirrored one; or latents and labels."""
         return column_specs(self.config, self.num_classes)
 
+    def frozen(self) -> dict[str, FrozenSpec]:
+        """The encoder of representations that are computed in training."""
+        return frozen_specs(self.config)
+
+    def take_frozen(self, networks: Mapping[str, FrozenNetwork]) -> None:
+        """See AsksFrozen."""
+        self._frozen = dict(networks)
+
     def parallel_plan(self, role: str) -> ParallelPlan:
         """Each transformer block is a unit."""
         assert role == ROLE, role
@@ -114,8 +133,7 @@ class Gmem:
         found = {name: Term(each.sum(), float(len(each))) for name, each in terms.items()}
         if wanted:
             assert projected is not None
-            truth = self._chosen(batch, REPRESENTATIONS, draws, "flip_representation")
-            each = projection_errors(projected.to(target.dtype), truth.to(target.dtype))
+            each = projection_errors(projected.to(target.dtype), self.representations(batch, draws).to(target.dtype))
             found["projection"] = Term(each.sum(), float(len(each)), self.config.projection_weight)
         return Losses(found)
 
@@ -149,6 +167,14 @@ class Gmem:
         kept_BE = draws["keep"] >= self.config.snippet_dropout
         return snippets_BE * kept_BE / (1 - self.config.snippet_dropout)
 
+    def representations(self, batch: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> Tensor:
+        """Projection targets [B, N, R]: stored ones, or those of the pixels, by the same coin."""
+        coin = "flip_representation"
+        if not self.config.online:
+            return self._chosen(batch, REPRESENTATIONS, draws, coin)
+        assert REPRESENTATIONS in self._frozen, "representations are computed online, but nobody called take_frozen"
+        return self._frozen[REPRESENTATIONS](self._chosen(batch, PIXELS, draws, coin))[REPRESENTATIONS]
+
     def _chosen(self, batch: Mapping[str, Tensor], column: str, draws: Mapping[str, Tensor], coin: str) -> Tensor:
         """Rows of a column, or of the mirrored image where the coin says so; one coin for all without `coin`'s own."""
         rows = batch[column]
@@ -156,7 +182,7 @@ class Gmem:
             return rows
         drawn_B = draws[coin] if coin in draws else draws["flip"]
         mirrored = (drawn_B < 0.5).view(-1, *[1] * (rows.ndim - 1))
-        return torch.where(mirrored, batch[column + FLIP], rows)
+        return torch.where(mirrored, rows.flip(-1) if column == PIXELS else batch[column + FLIP], rows)
 
     def conditions(self, ids: Tensor, plan: Conditioning) -> dict[str, Tensor]:
         """A row of the memory bank for each image, or its class."""

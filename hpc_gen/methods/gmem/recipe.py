@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hpc_gen.methods.gmem.config import GmemConfig, SamplingSettings
-from hpc_gen.methods.protocol import ColumnSpec, Method, TableFacts
+from hpc_gen.methods.protocol import ColumnSpec, FrozenSpec, Method, TableFacts
 from hpc_gen.methods.registry import MethodEntry
 from hpc_gen.runtime.errors import UserError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hpc_gen.data.table import Table
 
-SNIPPETS, REPRESENTATIONS, LABELS = "cls_tokens", "representations", "labels"
+SNIPPETS, REPRESENTATIONS, PIXELS, LABELS = "cls_tokens", "representations", "pixels", "labels"
 FLIP = "_flip"  # suffix of the columns of the mirrored image
 _FLOATS = ("float16", "bfloat16", "float32")
 
@@ -34,17 +34,34 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def column_specs(config: GmemConfig, num_classes: int) -> dict[str, ColumnSpec]:
-    """What training reads: of every column but labels also the mirrored one where images are flipped."""
+    """What training reads: of all columns but labels and pixels also the mirrored one where images are flipped."""
     wanted = {config.input: ColumnSpec(_FLOATS, config.row_shape)}
     if config.condition == "snippet":
         wanted[SNIPPETS] = ColumnSpec(_FLOATS, (config.snippet_dim,))
-        if config.projects:
-            wanted[REPRESENTATIONS] = ColumnSpec(_FLOATS, (config.num_tokens, config.repr_dim))
+        if config.projects and not config.online:
+            wanted[REPRESENTATIONS] = _representation(config)
     if config.horizontal_flip:
         wanted |= {name + FLIP: spec for name, spec in wanted.items()}
+    if config.online:
+        wanted[PIXELS] = _pixels(config)
     if config.condition == "class":
         wanted[LABELS] = ColumnSpec(("int64",), (), max_value=num_classes - 1)
     return wanted
+
+
+def frozen_specs(config: GmemConfig) -> dict[str, FrozenSpec]:
+    """The encoder of representations, where they are computed in training."""
+    if not config.online:
+        return {}
+    return {REPRESENTATIONS: FrozenSpec(_pixels(config), {REPRESENTATIONS: _representation(config)})}
+
+
+def _pixels(config: GmemConfig) -> ColumnSpec:
+    return ColumnSpec(("uint8",), (3, config.image_size, config.image_size))
+
+
+def _representation(config: GmemConfig) -> ColumnSpec:
+    return ColumnSpec(_FLOATS, (config.num_tokens, config.repr_dim))
 
 
 def num_classes(config: GmemConfig, facts: TableFacts) -> int:
