@@ -29,6 +29,7 @@ PARAMETERS = {
     ("xlarge", 64): 675_482_114,
     ("xlarge", 256): 675_758_594,
 }
+PREVIEW_ROWS = [781545, 1100424, 1254779, 306839, 842428, 565858, 303966, 317503]  # specs/gmem.md section 5.3
 PREVIEW_LABELS = [0, 1, 2, 3, 430, 485, 605, 726, 850]
 
 
@@ -192,6 +193,11 @@ def test_the_published_recipe_of_gmem(path: Path) -> None:
     if method.condition == "snippet":
         assert (method.snippet_dropout, method.projection_weight, method.repr_after_block) == (0.4, 0.5, 4)
         assert sample.rows == "uniform"
+        if experiment.encode is not None and experiment.encode.image_size == 256:
+            preview = train.preview
+            assert preview is not None and preview.rows == PREVIEW_ROWS and preview.ema is None
+            assert (preview.every_images, preview.at_images) == (2000 * 1024, [1024])
+            assert preview.settings["guidance"]["scale"] == 1.0 and preview.settings["mode"] == path.stem[:3]
 
 
 def test_the_bank_alone_is_encoded_as_the_banks_of_trainings_are() -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_gen.data.table import Table
+from hpc_gen.data.write import write_table
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.randomness import Draw
 from hpc_gen.sampling.preview import Chosen, caption, file_names, in_order, numbered, preview, share_of
@@ -90,6 +92,26 @@ def test_shares_hold_every_image_once(num_images, batch, world_size):
 def test_no_labels_no_preview():
     with pytest.raises(UserError, match=r"train\.preview names no image; give at least one label or row"):
         preview(Dots(), Chosen((), (), None), 3, None, OneOf(0, 1), lambda: None)
+
+
+class Rows(Dots):
+    """An image = the value of its row as brightness."""
+
+    def conditions(self, ids, plan):
+        return {"labels": plan.rows(ids, ["value"])["value"]}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_same_rows_in_order_from_any_number_of_ranks(tmp_path, world_size):
+    write_table(tmp_path, {"value": torch.arange(10)}, shard_rows=4)
+    method = Rows()
+    rows = [9, 0, 3, 3, 7]
+    chosen = Chosen((), rows, Table.open(tmp_path))
+    parts = [preview(method, chosen, 3, None, OneOf(rank, world_size), lambda: None) for rank in range(world_size)]
+    images = in_order(parts, len(rows))
+    assert images[:, 0, 2, 2].tolist() == [20 * row for row in rows]
+    assert method.sizes == [-(-len(rows) // world_size)] * world_size, "one call per rank, not one per image"
+    assert not torch.equal(images[2], images[3]), "a row that is named twice is drawn from other noise"
 
 
 NAMES = ("cat", "dog", "smileys & emotion")
