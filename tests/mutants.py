@@ -275,6 +275,27 @@ MUTANTS = (
         ("tests/unit/test_gmem.py", "-k", "coin"),
     ),
     Mutant(
+        "an encoder that sees no image mirrored",
+        "hpc_gen/methods/gmem/objective.py",
+        "rows.flip(-1) if column == PIXELS else batch[column + FLIP]",
+        "rows if column == PIXELS else batch[column + FLIP]",
+        ("tests/unit/test_frozen.py", "-k", "stores"),
+    ),
+    Mutant(
+        "a frozen network that the identity does not know",
+        "hpc_gen/stages/origin.py",
+        'changes[f"train.frozen.{name}.sha256"] = _frozen_sha256(name, network, workspace)\n',
+        "pass\n",
+        ("tests/unit/test_frozen.py", "-k", "identity"),
+    ),
+    Mutant(
+        "a preview of the first rows in place of the chosen ones",
+        "hpc_gen/sampling/preview.py",
+        "rows = self._rows[ids % len(self._rows)] if len(self._rows) else ids % self._table.rows",
+        "rows = ids % self._table.rows",
+        ("tests/unit/test_preview.py", "-k", "rows"),
+    ),
+    Mutant(
         "Heun's second slope at the first time",
         "hpc_gen/diffusion/flow_solvers.py",
         "second = velocity(x + step * first, _times(there, x))",

@@ -88,7 +88,7 @@ def preview(
     batch: int | None = None,
     decoder: Decoder | None = None,
 ) -> list[Tensor]:
-    """This rank's batches of images, each uint8 [B, 3, H, W], for `in_order`: image i is what was chosen, with its draws.
+    """This rank's batches of images, each uint8 [B, 3, H, W], for `in_order`: image i as chosen, with the draws of i.
 
     Every rank must call it, and makes the same number of images. `batch` None: each rank's whole share. `poll` may
     raise StopRequested, on all ranks at once. Raises DivergedError for latents that are not finite.

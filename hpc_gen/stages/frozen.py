@@ -6,7 +6,6 @@ AsksFrozen). What they are is in the identity by the SHA-256 of their files (sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

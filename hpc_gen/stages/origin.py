@@ -84,8 +84,8 @@ def _frozen_sha256(name: str, network: TokenizerConfig, workspace: Path) -> str 
         ) from error
     if network.sha256 not in (None, found):
         raise DataError(
-            f"{path} has the SHA-256 {found}, '{key}.sha256' is {network.sha256}: it is not what was asked for; restore "
-            "it, or begin another run"
+            f"{path} has the SHA-256 {found}, '{key}.sha256' is {network.sha256}: it is not what was asked for; "
+            "restore it, or begin another run"
         )
     return found
 

@@ -220,7 +220,7 @@ def _rows_chosen(around: Surroundings, rows: Sequence[int], table: Table) -> Cho
     for name, value in method.conditions(torch.arange(len(rows)), chosen).items():
         if name in specs and tuple(value.shape[1:]) != specs[name].shape:
             raise UserError(
-                f"train.preview.rows: a row of '{name}' of {table.folder} has shape {list(value.shape[1:])}, the method "
-                f"needs {list(specs[name].shape)}; name a bank of the encoder that it is trained with"
+                f"train.preview.rows: a row of '{name}' of {table.folder} has shape {list(value.shape[1:])}, the "
+                f"method needs {list(specs[name].shape)}; name a bank of the encoder that it is trained with"
             )
     return chosen

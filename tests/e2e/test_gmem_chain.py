@@ -48,6 +48,7 @@ encode:
   tokenizer: {{name: kl_vae, weights: weights/vae.safetensors}}
   also:
     dino: {{name: dinov2, weights: weights/dino.safetensors, dinov2: {{grid: 4, any_size: true}}}}
+    pixels: {{name: identity}}
 train:
   total_images: 128
   global_batch: 8
@@ -130,6 +131,7 @@ def test_the_whole_chain(shell: Shell) -> None:
     assert set(table.index.columns) == {
         *(name + end for name in ("moments", "cls_tokens", "representations") for end in ("", "_flip")),
         "labels",
+        "pixels",
     }
 
     run = RunFolder(shell.workspace / "runs" / "gmem")
@@ -144,7 +146,16 @@ def test_the_whole_chain(shell: Shell) -> None:
     assert run.report.is_file() and results.read(run.metrics("main")).get("fid") is not None
 
     shell("run", "gmem.yaml", "name=sharded", "--stages", "train", "train.engine.name=fsdp")
-    history = {name: hpc_gen.load(shell.workspace / "runs" / name).history() for name in ("undisturbed", "sharded")}
+    # representations computed in training from the pixels, and pictures of chosen rows of the bank on the way
+    shell("run", "gmem.yaml", "name=online", "--stages", "train", "method.representations=online",
+          "train.frozen.representations={name: dinov2, weights: weights/dino.safetensors, dinov2: "
+          "{grid: 4, any_size: true}}", "train.preview={every_images: 64, rows: [39, 3], settings: {points: 3}}")  # fmt: skip
+    names = ("undisturbed", "sharded", "online")
+    history = {name: hpc_gen.load(shell.workspace / "runs" / name).history() for name in names}
+    assert history["online"] == history["undisturbed"]
+    previews = RunFolder(shell.workspace / "runs" / "online").previews
+    assert sorted(path.name for path in (previews / f"{128:012d}").iterdir()) == ["row_3.png", "row_39.png"]
+    assert hpc_gen.load(shell.workspace / "runs" / "online").generate(1).shape == (1, 3, 16, 16)  # without the encoder
     for ours, theirs in zip(history["undisturbed"], history["sharded"], strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4) and theirs["images_seen"] == ours["images_seen"]
 

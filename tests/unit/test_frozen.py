@@ -113,7 +113,9 @@ def test_what_is_computed_is_what_the_stage_encode_stores(tmp_path: Path, precis
         assert torch.equal(online.representations(batch, draws), wanted)
         assert torch.equal(wanted[coins], batch["representations_flip"][coins])
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(online.representations(batch, draws), wanted), "the policy of training is not the encoder's"
+            assert torch.equal(online.representations(batch, draws), wanted), (
+                "the policy of training is not the encoder's"
+            )
 
 
 def test_the_format_of_its_products_can_be_bf16(space: Workspace) -> None:
@@ -250,7 +252,10 @@ def table_with(space: Workspace, path: Path, **changes: Tensor | None) -> Worksp
     ("column", "told"),
     [
         (None, "has no column 'pixels'"),
-        (torch.zeros(48, 3, 8, 8, dtype=torch.uint8), r"'pixels' has shape \(3, 8, 8\), the method needs \(3, 16, 16\)"),
+        (
+            torch.zeros(48, 3, 8, 8, dtype=torch.uint8),
+            r"'pixels' has shape \(3, 8, 8\), the method needs \(3, 16, 16\)",
+        ),
         (torch.zeros(48, 1, 16, 16, dtype=torch.uint8), r"has shape \(1, 16, 16\)"),
         (torch.zeros(48, 3, 16, 16), "column 'pixels' is float32, the method reads uint8"),
     ],
