@@ -30,6 +30,7 @@ from hpc_gen.runtime.journal import read
 from hpc_gen.runtime.randomness import Stream
 from hpc_gen.stages import run_setup, train_plan
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
+from hpc_gen.stages.fork import fork
 from hpc_gen.stages.frozen import give_frozen
 from hpc_gen.tokenizers.dinov2 import Dinov2Tokenizer
 from shard_tools.encode import EncodeWorker
@@ -182,6 +183,27 @@ def test_the_identity_covers_the_file(space: Workspace) -> None:
     run_setup.prepare_run(loader.loads(STORED, moved), space.path, "one")  # where a file lies changes no number
 
 
+# ---------------------------------------------------------------- in a training
+
+ALONE = ("train.ranks=1", "train.micro_batch=8", "train.total_images=32")
+
+
+def test_validation_asks_it_and_a_fork_may_change_to_it(space: Workspace) -> None:
+    """A run with stored representations, one that computes them, and one that changes in the middle: the same numbers."""
+    shutil.copytree(space.path / TABLE, space.path / "tables/held")
+    keys = ("data.validation_table=tables/held", "train.validate={every_images: 16, num_images: 16}")
+    runs = {name: space.run(name, *ALONE, *keys, *more, text=STORED) for name, more in (("a", ()), ("b", ONLINE))}
+    for run in runs.values():
+        assert space.train(run) is ExitCode.DONE
+    rows = experiments.rows(runs["a"])
+    assert rows == experiments.rows(runs["b"]) and "validation/projection" in dict(rows)[16]
+    child = fork(runs["a"], "child", ONLINE, lambda line: None, at=16)
+    pinned = run_setup.load_run(child).experiment.train
+    assert pinned is not None and pinned.frozen is not None and pinned.frozen["representations"].sha256 is not None
+    assert space.train(child) is ExitCode.DONE
+    assert experiments.rows(child)[-1] == rows[-1]
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -286,7 +308,7 @@ def test_features_that_are_not_finite_cost_their_steps(space: Workspace, monkeyp
         return {name: each * float("nan") if len(calls) == 3 else each for name, each in found.items()}
 
     monkeypatch.setattr(Dinov2Tokenizer, "on_device", sometimes)
-    run = space.run("nan", *ONLINE, "train.ranks=1", "train.micro_batch=8", "train.total_images=32", text=STORED)
+    run = space.run("nan", *ONLINE, *ALONE, text=STORED)
     assert space.train(run) is ExitCode.DONE
     assert [event.fields["images_seen"] for event in read(run) if event.kind == "non_finite"] == [16]
     assert calls == [1, 8, 8, 8, 8]  # the trial, then a call per micro-batch
