@@ -29,6 +29,12 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Key of the profile to replace, as in account=mine."),
 ]
+Axes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--array", metavar="KEY.PATH=V,V", help="A run for each value, all in one array; several make a grid."
+    ),
+]
 Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes of training; sets train.ranks.")]
 
 
@@ -38,6 +44,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=example(
             "hpc-gen submit job_configs/demo/mnist16.yaml --cluster lab",
             "hpc-gen submit job_configs/demo/mnist16.yaml --cluster a100 --nodes 2 --set account=mine --dry-run",
+            "hpc-gen submit job_configs/demo/mnist16.yaml --cluster lab --array seed=1,2,3",
         )
     )(submit)
     app.command(
@@ -54,13 +61,14 @@ def submit(
     stages: Stages = None,
     nodes: Nodes = None,
     settings: Setting = None,
+    array: Axes = None,
     dry_run: DryRun = False,
 ) -> None:
     """All stages of an experiment as jobs on a Slurm cluster.
 
     Training is a job, every other stage an array of the tasks whose units are missing, each after the one before. Jobs
-    that are preempted save, requeue themselves and go on. --dry-run prints the scripts and asks Slurm whether it would
-    take them.
+    that are preempted save, requeue themselves and go on. --array makes a run of each value, NAME-KEY-VALUE, whose
+    trainings are one array of jobs. --dry-run prints the scripts and asks Slurm whether it would take them.
     """
     import os
 
@@ -75,9 +83,12 @@ def submit(
     if nodes is not None:
         wanted.append(f"train.ranks={nodes * profile.tasks_per_node}")
     resolved = loader.load(config, wanted)
-    folder = RunFolder(control.runs_folder(root) / resolved.experiment.name)
     runner.check_stages(resolved, stage_names(stages))
     os.umask(int(profile.umask, 8))
+    if array:
+        _submit_array(config, wanted, array, resolved.experiment.name, root, cluster, profile, stages, dry_run)
+        return
+    folder = RunFolder(control.runs_folder(root) / resolved.experiment.name)
     if dry_run:
         resolved = run_setup.accepted(folder, run_setup.typed(resolved), root)
     else:
@@ -85,6 +96,44 @@ def submit(
         run_setup.prepare_run(resolved, root)
         resolved = run_setup.load_run(folder)
     submit_folder(folder, resolved, cluster, profile, stages, dry_run)
+
+
+def _submit_array(
+    config: str,
+    overrides: list[str],
+    array: list[str],
+    name: str,
+    root: Path,
+    cluster: str,
+    profile: Any,
+    stages: str | None,
+    dry_run: bool,
+) -> None:
+    """A run for each value of the axes, the trainings of all in one array."""
+    from hpc_gen.config import loader
+    from hpc_gen.runtime.run_folder import RunFolder
+    from hpc_gen.stages import control, run_setup
+    from slurm import arrays, axes, commands
+
+    experiments = [loader.load(config, own) for own in axes.expand(name, array, overrides)]
+    folders = [RunFolder(control.runs_folder(root) / each.experiment.name) for each in experiments]
+    runs = [(run, run_setup.accepted(run, run_setup.typed(each), root)) for run, each in zip(folders, experiments)]
+    chosen = stage_names(stages) or runs[0][1].experiment.stage_order()
+    if not dry_run:
+        for run in folders:
+            refuse_queued(run)
+        for each in experiments:
+            run_setup.prepare_run(each, root)
+        runs = [(run, run_setup.load_run(run)) for run in folders]
+        for _, resolved in runs:
+            _download(resolved, root, chosen)
+    members = arrays.plan_members(runs, profile, chosen, say, dry_run=dry_run)
+    steps = arrays.plan_steps(name, arrays.new_folder(root, name), members, profile)
+    if dry_run:
+        arrays.show(steps, members, profile, commands.Commands(), say)
+        return
+    arrays.submit(name, steps, members, cluster, profile, commands.Commands(), say)
+    say(f"watch them: hpc-gen status; one of them: hpc-gen status {folders[0].name} --watch")
 
 
 def resume_on(

@@ -22,6 +22,7 @@ FOREIGN = (
     "HPC_GEN_TASK HPC_GEN_NUM_TASKS HPC_GEN_ATTEMPT HPC_GEN_RUNNER"
 )
 """Variables of whoever submitted that would tell the tasks something wrong."""
+RUN_OF_ELEMENT = Path("${run}")  # a variable of the script
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class JobSpec:
     """One job of a run: a training, or an array of the tasks of a stage (`array` elements), or one such task.
 
     `dependency` is Slurm's own text; `chain_left`: jobs behind this one where a site forbids requeues, else None.
+    `runs`: where each element is the training of a run of its own, these runs in order; `run` is then the folder of the
+    array (slurm/arrays.py), in which the link K leads to the run of element K.
     """
 
     name: str
@@ -43,6 +46,12 @@ class JobSpec:
     array: int | None = None
     dependency: str | None = None
     chain_left: int | None = None
+    runs: tuple[Path, ...] = ()
+
+    @property
+    def shell_run(self) -> Path:
+        """The run folder as the script writes it: of an array of runs only the script knows which."""
+        return RUN_OF_ELEMENT if self.runs else self.run
 
     @property
     def wants(self) -> StageProfile:
@@ -71,7 +80,7 @@ def launch_prefix(profile: ClusterProfile, run: Path, workspace: Path, own_pytho
 def python_words(profile: ClusterProfile, run: Path, workspace: Path, own_python: str) -> str:
     """What submitit is given for `python`: container, held-back signals, a Python that ignores its folder."""
     before, python = launch_prefix(profile, run, workspace, own_python)
-    hold = shlex.quote(str(run / "code" / "slurm" / "hold_signals.py"))
+    hold = _word(str(run / "code" / "slurm" / "hold_signals.py"))
     return f"{before}{python} -I -S {hold} {python} -P"
 
 
@@ -86,7 +95,7 @@ def flags(spec: JobSpec) -> list[tuple[str, str | None]]:
         "ntasks-per-node": str(spec.tasks_per_node),
         "cpus-per-task": str(wants.cpus_per_task),
         "time": str(wants.time_limit_min),
-        "output": str(spec.run / "logs" / f"{spec.id_pattern}.log"),
+        "output": str((spec.run / "%a" if spec.runs else spec.run) / "logs" / f"{spec.id_pattern}.log"),
         "open-mode": "append",
         "export": "ALL",
         "signal": f"USR2@{profile.notice_s}",
@@ -135,7 +144,7 @@ def script(spec: JobSpec, command: str) -> str:
 def _names(spec: JobSpec) -> list[str]:
     return [
         "# Which run, which start of which job. An array's element is ARRAY_TASK: a plain number may mean the array.",
-        f"run={_word(str(spec.run))}",
+        *_run(spec),
         f"stage={_word(spec.stage)}",
         'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"',
         'job="${job:-$SLURM_JOB_ID}"',
@@ -143,6 +152,12 @@ def _names(spec: JobSpec) -> list[str]:
         f"umask {spec.profile.umask}",
         'echo "hpc-gen: $stage of $run, job $job, start $restart, on $SLURM_JOB_NODELIST, $(date +%FT%T%z)"',
     ]
+
+
+def _run(spec: JobSpec) -> list[str]:
+    if not spec.runs:
+        return [f"run={_word(str(spec.run))}"]
+    return ["runs=(", *(f"  {_word(str(run))}" for run in spec.runs), ")", 'run="${runs[$SLURM_ARRAY_TASK_ID]}"']
 
 
 def _signals() -> list[str]:
@@ -160,7 +175,7 @@ def _environment(spec: JobSpec) -> list[str]:
         "# What the processes find around them. Bytecode and caches stay off the shared file system.",
         *profile.modules,
         f"unset {FOREIGN}",
-        f'export PYTHONPATH={_word(str(spec.run / "code"))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f'export PYTHONPATH={_word(str(spec.shell_run / "code"))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"export HPC_GEN_WORKSPACE={_word(str(spec.workspace))}",
         f"export OMP_NUM_THREADS={spec.threads} MKL_NUM_THREADS={spec.threads}",
         'cache="${TMPDIR:-/tmp}/hpc-gen-$(id -u)"',
@@ -187,7 +202,7 @@ def _staging(spec: JobSpec) -> list[str]:
 
 
 def _step(spec: JobSpec, command: str) -> list[str]:
-    output = str(spec.run / "logs" / f"{spec.id_pattern}_%t.log")
+    output = str(spec.shell_run / "logs" / f"{spec.id_pattern}_%t.log")
     words = [
         "srun",
         "--unbuffered",
@@ -224,14 +239,14 @@ def _pyxis(spec: JobSpec) -> list[str]:
     runtime = spec.profile.runtime
     if runtime.kind != "pyxis":
         return []
-    binds = list(dict.fromkeys([str(spec.workspace), str(spec.run), *runtime.binds]))
+    binds = list(dict.fromkeys([str(spec.workspace), str(spec.shell_run), *runtime.binds]))
     mounts = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
     return [f"--container-image={runtime.image}", f"--container-mounts={mounts}", *runtime.options]
 
 
 def _verdict(spec: JobSpec) -> list[str]:
     profile = spec.profile
-    before, python = launch_prefix(profile, spec.run, spec.workspace, sys.executable)
+    before, python = launch_prefix(profile, spec.shell_run, spec.workspace, sys.executable)
     limits = f"--limit {profile.requeue_limit} --stalled-limit {profile.stalled_limit} --retries {profile.retries}"
     chain = f" --chain-left {spec.chain_left}" if spec.chain_left is not None else ""
     return [
@@ -266,7 +281,7 @@ def _verdict(spec: JobSpec) -> list[str]:
         "    ;;",
         *(
             ['  end) if [ "$final" != 0 ]; then scancel --state=PENDING "--name=$SLURM_JOB_NAME"; fi ;;']
-            if spec.chain_left
+            if spec.chain_left and not spec.runs
             else []
         ),
         "esac",

@@ -55,6 +55,11 @@ class LiveJob:
         """The number of the job, or of its array."""
         return self.job_id.partition("_")[0]
 
+    @property
+    def element(self) -> str:
+        """The number of the element within its array; "" for a job that is none."""
+        return self.job_id.partition("_")[2]
+
 
 @dataclass(frozen=True)
 class EndedJob:

@@ -72,17 +72,18 @@ def _all(run: RunFolder) -> list[Log]:
     found = []
     for path in sorted(run.logs.glob("*.log")) if run.logs.is_dir() else []:
         parts = path.stem.split("_")
-        job = stages.get(parts[0])
+        element = "_".join(parts[:2])  # of an array of runs: a training of several processes
+        job = stages.get(element) or stages.get(parts[0])
         if job is None:
             match = re.fullmatch(r"(.+)_(\d+)", path.stem)
             if match is not None and not parts[0].isdigit():
                 found.append(Log(match[1], f"process {match[2]}", path))
-        elif len(parts) == (2 if job.tasks else 1):
+        elif len(parts) == (2 if job.tasks or job.job_id == element else 1):
             found.append(Log(job.stage, f"batch script of job {path.stem}", path, script=True))
         elif job.tasks:
             found.append(Log(job.stage, f"task {parts[1]} of job {parts[0]}", path))
         else:
-            found.append(Log(job.stage, f"process {parts[-1]} of job {parts[0]}", path))
+            found.append(Log(job.stage, f"process {parts[-1]} of job {job.job_id}", path))
     return found
 
 

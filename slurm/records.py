@@ -15,6 +15,7 @@ from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.fence import process_start_ticks
 from hpc_gen.runtime.run_folder import RunFolder
+from slurm.commands import LiveJob
 
 VERSION = 1
 
@@ -85,6 +86,22 @@ def ends(run: RunFolder, job_id: str) -> list[dict[str, Any]]:
         if isinstance(content, dict):
             found.append(content)
     return found
+
+
+def is_of(job: LiveJob, run: RunFolder) -> bool:
+    """Whether a live job is one of a run.
+
+    Its comment is the run's path, or, where it is an element of an array of runs, the folder of that array, in which
+    the link of the element's number leads to the run.
+    """
+    if job.comment == str(run.path):
+        return True
+    if not job.element.isdigit() or not job.comment:
+        return False
+    try:
+        return os.readlink(os.path.join(job.comment, job.element)) == str(run.path)
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -27,8 +27,8 @@ NEEDED_CODE = ("slurm/task.py", "slurm/hold_signals.py", "slurm/requeue.py")  # 
 
 
 def live_jobs(run: RunFolder, commands: Commands) -> list[LiveJob]:
-    """Jobs of this run that Slurm still has to do with, recorded or not: they carry the run's path as their comment."""
-    return [job for job in commands.live() if job.comment == str(run.path)]
+    """Jobs of this run that Slurm still has to do with, recorded or not (records.is_of)."""
+    return [job for job in commands.live() if records.is_of(job, run)]
 
 
 def submit(
@@ -47,9 +47,9 @@ def submit(
     """
     with records.lock(run):
         refuse_second(run, commands)
-        _refuse_old_code(run)
+        refuse_old_code(run)
         refuse_impossible(plans, profile, commands)
-        _prepare_folder(run, profile)
+        prepare_folder(run, profile)
         if any(plan.stage == profiles.TRAIN for plan in plans):
             say(f"grace      {grace.sentence(run, profile.grace_s)}")
         earlier = records.read(run)
@@ -92,7 +92,8 @@ def refuse_second(run: RunFolder, commands: Commands) -> None:
     """Raise UserError when the run is queued or running already, on Slurm or on this machine."""
     live = live_jobs(run, commands)
     if live:
-        told = ", ".join(sorted({f"{job.base_id} ({job.name.rpartition('.')[2]})" for job in live})[:4])
+        ids = {job: job.base_id if job.comment == str(run.path) else job.job_id for job in live}
+        told = ", ".join(sorted({f"{ids[job]} ({job.name.rpartition('.')[2]})" for job in live})[:4])
         raise UserError(
             f"run '{run.name}' is submitted already: job {told}; see `hpc-gen status {run.name}`, or `hpc-gen cancel "
             f"{run.name}` first"
@@ -105,7 +106,8 @@ def refuse_second(run: RunFolder, commands: Commands) -> None:
         )
 
 
-def _refuse_old_code(run: RunFolder) -> None:
+def refuse_old_code(run: RunFolder) -> None:
+    """Raise UserError where the run's copy of the code cannot be a job's."""
     missing = [name for name in NEEDED_CODE if not (run.code / name).is_file()]
     if missing:
         raise UserError(
@@ -114,7 +116,7 @@ def _refuse_old_code(run: RunFolder) -> None:
         )
 
 
-def _prepare_folder(run: RunFolder, profile: profiles.ClusterProfile) -> None:
+def prepare_folder(run: RunFolder, profile: profiles.ClusterProfile) -> None:
     """Folders, group and mode of a run that jobs will write to; a STOP or PREEMPT of before has had its effect."""
     for path in (
         run.logs,
@@ -127,13 +129,13 @@ def _prepare_folder(run: RunFolder, profile: profiles.ClusterProfile) -> None:
         if path.exists():
             commit.ops.unlink(path)
     if profile.group is not None:
-        _give_to_group(run.path, profile.group)
+        give_to_group(run.path, profile.group)
         tables = run.workspace / "tables"
         if tables.is_dir():
-            _give_to_group(tables, profile.group)
+            give_to_group(tables, profile.group)
 
 
-def _give_to_group(folder: Path, group: str) -> None:
+def give_to_group(folder: Path, group: str) -> None:
     """Give a tree to a group; what is made in its folders later belongs to that group, too."""
     try:
         for here, _, files in os.walk(folder):

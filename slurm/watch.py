@@ -143,7 +143,7 @@ def jobs_of(run: RunFolder, commands: Commands) -> Jobs | None:
     stages = [_stage(run, job, newest, live, ended, problem is not None) for job in newest.jobs]
     running = {job.job_id for job in live}
     failed = [task for job in newest.jobs for task in _failures(run, job, running)]
-    mine = [job for job in live if job.comment == str(run.path)]
+    mine = [job for job in live if records.is_of(job, run)]
     return Jobs(newest.cluster, newest.number, stages, failed, len(mine), problem)
 
 
@@ -196,7 +196,7 @@ def words(job: LiveJob, submission: Submission) -> str:
         until = f", until {_clock(job.end)} at the latest" if job.end else ""
         return f"on {job.nodes}{until}" if job.nodes else ""
     if job.reason == "Dependency":
-        record = next((each for each in submission.jobs if each.job_id == job.base_id), None)
+        record = next((each for each in submission.jobs if each.job_id in (job.base_id, job.job_id)), None)
         if record is not None and record.dependency == "singleton":
             return REASONS["Singleton"]
         if record is not None and record.dependency is not None:

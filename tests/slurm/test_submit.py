@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import scenes
+import slurm_cases
 from scenes import Scene
 
 from hpc_gen.runtime import goodput, journal
@@ -108,6 +109,12 @@ def test_preempted_for_real_at_three_points(narrow: Scene) -> None:
     assert sum(book.seconds.values()) == pytest.approx(held, rel=0.01)
     assert book.seconds["redone"] == 0.0, "a preemption that is heard costs no work"
     print("waited for the nodes:", {each.point: round(each.waited_s, 1) for each in found})
+
+
+def test_two_runs_in_one_array_do_not_touch_each_other(narrow: Scene) -> None:
+    """Both preempted by one job, then one requeued by hand: the case of `make prove`, with its twin of each seed."""
+    row = slurm_cases.side_by_side_in_one_array(narrow)
+    assert row.sound and row.equal, row
 
 
 def test_in_a_container_as_an_ordinary_user(narrow: Scene, image: Path) -> None:

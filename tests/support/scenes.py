@@ -125,7 +125,7 @@ class Scene:
         """Of commands that a user types on the login node of the lab."""
         paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
         own = {"PYTHONPATH": paths, "HPC_GEN_WORKSPACE": str(self.workspace), "OMP_NUM_THREADS": "1"}
-        return self.lab.environment(**own, **extra)
+        return self.lab.environment(**{**own, **extra})
 
     def command(self, *words: str, expected: int | None = 0, **extra: str) -> subprocess.CompletedProcess[str]:
         """`hpc-gen WORDS`; its exit code must be `expected`, unless that is None."""
@@ -183,6 +183,24 @@ class Scene:
         self.command(*words, expected=expected, HPC_GEN_TEST_POINTS=",".join(points), HPC_GEN_TEST_FAIL=fail, **marks)
         return run
 
+    def submit_array(
+        self, name: str, axis: str, *overrides: str, stages: str | None = None, points: Sequence[str] = ()
+    ) -> list[RunFolder]:
+        """`hpc-gen submit --array AXIS`: its runs in order. All of them leave their marks in the folder of `name`."""
+        marks = self.marks / name
+        marks.mkdir(exist_ok=True)
+        marks.chmod(0o777)
+        profile = self.workspace / f"{name}-cluster.yaml"
+        profile.write_text(yaml.safe_dump({**PROFILE, **self.profile}))
+        words = ["submit", str(self.config()), "--cluster", str(profile), f"name={name}", *overrides, "--array", axis]
+        words += ["--stages", stages] if stages else []
+        # behind the code of each run, which the script of the array puts first
+        path = os.pathsep.join([str(ROOT), str(SUPPORT), str(POINTS)])
+        held = {"HPC_GEN_TEST_POINTS": ",".join(points), "HPC_GEN_TEST_MARKS": str(marks), "PYTHONPATH": path}
+        self.command(*words, **held)
+        key, _, values = axis.partition("=")
+        return [self.run(f"{name}-{key}-{value}") for value in values.split(",")]
+
     def undisturbed(self, name: str, *overrides: str, stages: str | None = None) -> RunFolder:
         """The same experiment by `hpc-gen run` on this machine: what a run on Slurm must be equal to."""
         words = ["run", str(self.config()), f"name={name}", *overrides, *(["--stages", stages] if stages else [])]
@@ -215,7 +233,7 @@ class Scene:
         ids = [job.job_id for job in records.read(run)[-1].jobs]
 
         def over() -> bool:
-            live = self.lab.run(["squeue", "-h", "-o", "%A %F"]).stdout.split()
+            live = self.lab.run(["squeue", "-h", "-r", "-o", "%i %A %F"]).stdout.split()
             return not set(ids) & set(live)
 
         wait_for(over, f"the jobs of {run.name} end\n{self.logs(run)}", limit_s, 0.3)

@@ -218,6 +218,39 @@ def side_by_side(scene: Scene) -> Row:
     return rows[0] if rows[1].sound else rows[1]
 
 
+def side_by_side_in_one_array(scene: Scene) -> Row:
+    """Two runs as the two elements of one array, each on two nodes: both preempted by one job; then one is requeued by
+    hand while the other goes on; each ends as its undisturbed twin."""
+    twin = scene.undisturbed("other", *NARROW, "seed=8", stages="train")
+    first, second = scene.submit_array("array", "seed=7,8", *NARROW, stages="train", points=("step", "step"))
+    ids = [scene.job(run, "train") for run in (first, second)]
+
+    def held(restart: int, job: str) -> bool:
+        return bool(list((scene.marks / "array").glob(f"step.{job}.{restart}.0.reached")))
+
+    for restart in (0, 1):
+        for job in ids:
+            scenes.wait_for(
+                lambda r=restart, j=job: held(r, j),  # type: ignore[misc]
+                lambda r=restart, j=job: (
+                    f"{j} is held in start {r}\n{scene.queue()}\n{scene.logs(first)}\n{scene.logs(second)}"
+                ),  # type: ignore[misc]
+            )
+        if restart == 0:
+            waited_s = scene.preempt()
+    shown = scene.command("status", first.name).stdout
+    scene.lab.run(["scontrol", "requeue", ids[0]])
+    scenes.wait_for(lambda: len(records.ends(first, ids[0])) == 2, f"the one has ended\n{scene.logs(first)}", 60)
+    alone = scene.state(ids[1]) == "RUNNING" and len(records.ends(second, ids[1])) == 1
+    (scene.marks / "array" / "release").touch()
+    states = {**scene.wait_until_over(first), **scene.wait_until_over(second)}
+    sound = alone and f"job {ids[0]}" in shown and [states[job] for job in ids] == ["COMPLETED"] * 2
+    sound = sound and [len(records.ends(run, job)) for run, job in zip((first, second), ids, strict=True)] == [3, 2]
+    equal = scenes.digests(second) == scenes.digests(twin)
+    note = "one array of two runs; one requeued by hand while the other went on" + ("" if equal else "; UNEQUAL twin")
+    return row_of(scene, first, "two runs in one array", sound and equal, note, waited_s=round(waited_s, 1))
+
+
 EVENTS: dict[str, Callable[[Scene], Row]] = {
     "time limit": time_limit,
     "scancel": cancelled,
@@ -229,4 +262,5 @@ EVENTS: dict[str, Callable[[Scene], Row]] = {
     "full log disk": full_log_disk,
     "hanging rank": hanging_rank,
     "side by side": side_by_side,
+    "side by side in one array": side_by_side_in_one_array,
 }

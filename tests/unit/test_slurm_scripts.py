@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,15 @@ def spec(name: str, stage: str, **changes: object) -> JobSpec:
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
+def of_runs(name: str, **changes: object) -> JobSpec:
+    """The trainings of two runs as one array."""
+    found = profile(name)
+    runs = (Path("/w/runs/big-seed-1"), Path("/w/runs/it's 2"))
+    python = batch.python_words(found, batch.RUN_OF_ELEMENT, WORKSPACE, "/opt/hpc gen/bin/python")
+    folder = WORKSPACE / "arrays" / "big" / "0001"
+    return spec(name, "train", run=folder, runs=runs, array=2, python=python, **changes)
+
+
 SPECS = {
     "lab_train": spec("lab", "train"),
     "lab_encode": spec("lab", "encode", dependency=None),
@@ -53,6 +63,9 @@ SPECS = {
     "a100_train": spec("a100", "train"),
     "a100_sample": spec("a100", "sample", dependency="aftercorr:41"),
     "generic_report": spec("generic", "report", array=None, dependency="afterok:41"),
+    "lab_train_runs": of_runs("lab", dependency="afterok:41:43"),
+    "gh200_train_runs": of_runs("gh200"),
+    "pyxis_train_runs_chain": of_runs("pyxis", dependency="aftercorr:41", chain_left=2),
     "pyxis_train_chain": spec("pyxis", "train", dependency="singleton", chain_left=2),
 }
 
@@ -136,10 +149,15 @@ class Fake:
         body = f'case "$1" in show) echo "{shown}";; requeue | release) {requeue_body or kill};; esac'
         self.program("scontrol", body)
 
-    def begin(self, srun: str, chain_left: int | None = None, **variables: str) -> subprocess.Popen[str]:
-        """Start the script; `srun` is the body of the fake srun."""
+    def begin(self, srun: str, chain_left: int | None = None, **variables: Any) -> subprocess.Popen[str]:
+        """Start the script; `srun` is the body of the fake srun. Lower-case variables are fields of the job, `id_of` its
+        array and element."""
         self.program("srun", srun)
-        job = replace(SPECS["lab_train"], run=self.run, workspace=self.run.parent.parent, chain_left=chain_left)
+        if "id_of" in variables:
+            variables["SLURM_ARRAY_JOB_ID"], variables["SLURM_ARRAY_TASK_ID"] = variables.pop("id_of")
+        changes = {name: variables.pop(name) for name in list(variables) if name.islower()}
+        fields = {"run": self.run, "workspace": self.run.parent.parent, "chain_left": chain_left, **changes}
+        job = replace(SPECS["lab_train"], **fields)
         script = self.run / "job.sh"
         script.write_text(batch.script(job, "payload"))
         shell = self.run / "shell"
@@ -157,7 +175,7 @@ class Fake:
         shell.write_text(str(process.pid))
         return process
 
-    def end(self, srun: str, chain_left: int | None = None, **variables: str) -> tuple[int, str]:
+    def end(self, srun: str, chain_left: int | None = None, **variables: Any) -> tuple[int, str]:
         """The script's exit code (-9 for one that was requeued) and its output."""
         process = self.begin(srun, chain_left, **variables)
         output, _ = process.communicate(timeout=60)
@@ -189,6 +207,25 @@ def test_saved_and_requeued(fake: Fake) -> None:
 def test_an_element_of_an_array_is_requeued_alone(fake: Fake) -> None:
     fake.end("exit 85", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
     assert fake.asked("scontrol") == ["show job -o 7_3", "requeue 7_3"]
+
+
+def test_each_element_of_an_array_of_runs_is_its_own_run(fake: Fake) -> None:
+    """Code, logs and the verdict are those of the element's run; what becomes of it is told of the element alone."""
+    other = fake.run.with_name("other")
+    shutil.copytree(fake.run, other)
+    runs = (other, fake.run)
+    changes = {"run": fake.run.parent / "array", "runs": runs, "array": 2, "id_of": ("7", "1")}
+    code, output = fake.end('echo "path $PYTHONPATH"; printf "%s\\n" "$@"; exit 85', **changes)
+    assert code == -9 and f"hpc-gen: train of {fake.run}, job 7_1, start 0" in output
+    assert f"path {fake.run}/code" in output and f"--output={fake.run}/logs/%A_%a_%t.log" in output
+    assert fake.asked("scontrol") == ["show job -o 7_1", "requeue 7_1"]
+    assert (fake.run / "slurm" / "ends" / "7_1.jsonl").exists() and not (other / "slurm" / "ends").exists()
+
+
+def test_an_element_of_a_chain_that_fails_takes_no_other_run_with_it(fake: Fake) -> None:
+    changes = {"run": fake.run.parent / "array", "runs": (fake.run,), "array": 1, "id_of": ("7", "0")}
+    assert fake.end("exit 64", chain_left=2, **changes)[0] == 64
+    assert fake.asked("scancel") == []  # its own element of the next job is cancelled by its dependency
 
 
 @pytest.mark.parametrize("code", [2, 64, 70, 75, 87])
