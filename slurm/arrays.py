@@ -70,11 +70,13 @@ def plan_members(
 ) -> list[Member]:
     """The jobs of each run, as those of a run alone. A table that a run before it makes is not made again."""
     members: list[Member] = []
-    made_by: dict[str, int] = {}
+    made_by: dict[object, int] = {}
     for place, (run, resolved) in enumerate(runs):
         chosen, maker = list(stages), None
         if ENCODE in chosen:
-            maker = made_by.setdefault(resolved.identity_of(ENCODE, "data"), place)
+            data = resolved.experiment.data
+            same = (resolved.identity_of(ENCODE, "data"), data.table, data.validation_table)
+            maker = made_by.setdefault(same, place)
             if maker != place:
                 chosen.remove(ENCODE)
                 say(f"{run.name}: its table is that of {runs[maker][0].name}")
