@@ -191,6 +191,7 @@ def _environment(spec: JobSpec) -> list[str]:
         'export HPC_GEN_JOB_END="${limit:-0}"',
         f"export HPC_GEN_GRACE_S={profile.grace_s:g}",
         *_staging(spec),
+        *([] if profile.compute_network else ["export HPC_GEN_NO_NETWORK=1"]),
         "export SUBMITIT_EXECUTOR=slurm",
     ]
 

@@ -160,7 +160,8 @@ class ClusterProfile(Section):
     group: NonEmpty | None = None
     """Group of the run folder and of all in it; null = the user's."""
     compute_network: bool = True
-    """Whether compute nodes reach the internet; false = data sets are downloaded by `submit`."""
+    """Whether compute nodes reach the internet; false = jobs do not try wandb, `track sync` publishes from elsewhere.
+    What stages need is downloaded by `submit` in any case."""
 
     @model_validator(mode="after")
     def _time_to_work(self) -> ClusterProfile:

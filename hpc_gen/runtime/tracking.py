@@ -48,7 +48,8 @@ from hpc_gen.runtime.tracking_rows import PREVIEW_KEY, Companions, lacks_term, r
 _RETRY_S = 600.0  # a server that was away is asked again after this time
 _INIT_TIMEOUT_S = 20.0
 _FINISH_TIMEOUT_S = 60.0
-_PREEMPTED_WAIT_S = 8.0  # the grace time before SIGKILL belongs to the checkpoint
+NO_NETWORK = "HPC_GEN_NO_NETWORK"  # set by the batch script where the cluster's profile says so
+_PREEMPTED_WAIT_S = 2.0  # the preempting job waits for our end; what is not sent then, the next attempt sends
 _CLIENT_FOLDER = re.compile(r"(offline-)?run-\d{8}_\d{6}-.+")
 
 
@@ -109,6 +110,9 @@ class WandbMirror:
         self._child: subprocess.Popen[bytes] | None = None
         self._started_at = float("-inf")
         self.problem: str | None = None  # what the last publisher that ended had to say
+        if self._mode == "online" and env.get(NO_NETWORK):
+            self._mode = "disabled"
+            self._report(f"there is no network here; `hpc-gen track sync {run.name}` publishes from where there is one")
 
     def publish(
         self, upto_images: int, final: bool = False, *, preempted: bool = False, wait_s: float | None = None
@@ -116,7 +120,7 @@ class WandbMirror:
         """Release the rows up to images_seen `upto_images`, that of the newest committed checkpoint.
 
         `final`: the attempt ends; wait at most `wait_s` seconds for the rows to go out (None: about a minute,
-        8 s when preempted). `preempted`: the attempt will be resumed and time is short: no new connection is
+        2 s when preempted). `preempted`: the attempt will be resumed and time is short: no new connection is
         begun, and offline leaves its work to the last attempt. A repeated call, or one by another process
         later, releases nothing twice.
         """

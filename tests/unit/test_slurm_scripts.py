@@ -25,6 +25,7 @@ VARIABLES = {"HPC_GEN_ACCOUNT": "p42", "HPC_GEN_IMAGE": "/images/hpc gen.sif", "
 PYXIS = """
 runtime: {kind: pyxis, image: "nvcr.io#nvidia/pytorch:25.06-py3", binds: [/data, "/x:/y:ro"]}
 requeue: false
+compute_network: false
 gpus: {style: gres, type: h100}
 mem_per_task_gb: 12.5
 constraint: "a&b"

@@ -100,6 +100,35 @@ def test_disabled_does_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pyte
     assert mirror.problem is None and not (run.path / "wandb").exists() and not (tmp_path / "imported").exists()
 
 
+def test_without_a_network_no_connection_is_tried(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the cluster's profile says that compute nodes have none; offline needs none."""
+    fake_client(tmp_path / "fake", monkeypatch, f"open({str(tmp_path / 'imported')!r}, 'w')")
+    monkeypatch.setenv("HPC_GEN_NO_NETWORK", "1")
+    write_rows(run, 1, None, 64)
+    publish(run, 64, "online")
+    assert not (tmp_path / "imported").exists()
+    said = capfd.readouterr().err
+    assert said == f"wandb: there is no network here; `hpc-gen track sync {run.name}` publishes from where there is one\n"
+    publish(run, 64, "offline")
+    assert (tmp_path / "imported").exists()
+
+
+def test_a_preemption_waits_two_seconds_for_a_client_that_hangs(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The preempting job is to start within five."""
+    fake_client(tmp_path / "fake", monkeypatch, "import time; time.sleep(60)")
+    write_rows(run, 1, None, 64)
+    mirror = WandbMirror(run, Settings("online"))
+    mirror.publish(32)
+    begun = time.monotonic()
+    mirror.publish(64, final=True, preempted=True)
+    assert time.monotonic() - begun < 4.0
+    assert "rows did not go out in 2 s; publishing again later sends what is missing" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_not_installed_is_said_once(
     run: RunFolder,

@@ -49,6 +49,7 @@ if [ -z "$limit" ]; then
 fi
 export HPC_GEN_JOB_END="${limit:-0}"
 export HPC_GEN_GRACE_S=30
+export HPC_GEN_NO_NETWORK=1
 export SUBMITIT_EXECUTOR=slurm
 
 # The step. It runs in the background, because a shell looks at its traps only between two commands.
