@@ -61,7 +61,8 @@ def _is_healthy(run: RunFolder, job: Job, gpus: int) -> bool:
 def _leave_with(code: int) -> NoReturn:
     """End this process at once: all is committed, and what Python would take down costs the preempting job seconds.
 
-    No thread is waited for either: one may hang in a file system that the probe has found ill.
+    That of a stage that is done, too: a preemption may come at its very end. No thread is waited for either: one may
+    hang in a file system that the probe has found ill.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -84,8 +85,8 @@ class StageTask:
     num_tasks: int = 1
     gpus: int = 0
 
-    def __call__(self) -> int:
-        """Run the stage; leaves the process with the stage's exit code unless that is 0."""
+    def __call__(self) -> NoReturn:
+        """Run the stage and leave the process with its exit code; no result of submitit is written, nobody reads it."""
         _leave_at_once()
         from hpc_gen.cli_errors import exit_code_of
 
@@ -104,9 +105,7 @@ class StageTask:
         # Python gives signals back while it shuts down: one that comes then would be the end's code
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        if code:
-            _leave_with(code)
-        return code
+        _leave_with(code)
 
     def _run(self, run: RunFolder, job: Job) -> int:
         """Look at the node and run the stage; returns its exit code."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import scenes
 from scenes import Scene
 
 from hpc_gen.config import loader
-from hpc_gen.runtime import goodput
+from hpc_gen.runtime import goodput, journal
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import run_setup
 from slurm import records
@@ -42,14 +44,20 @@ class Row:
     waited_s: float | None = None
 
 
-def row_of(scene: Scene, run: RunFolder, name: str, sound: bool, note: str = "", **more: Any) -> Row:
-    """The row of a run that has come to its end; equal: its training is the undisturbed one, byte for byte."""
+def row_of(
+    scene: Scene, run: RunFolder, name: str, sound: bool, note: str = "", twin: RunFolder | None = None, **more: Any
+) -> Row:
+    """The row of a run that has come to its end; equal: its training is the undisturbed one, byte for byte.
+
+    `twin`: the undisturbed one; None: that of the width of most cases.
+    """
+    twin = scene.run("narrow") if twin is None else twin
     jobs = [job for submission in records.read(run) for job in submission.jobs]
     ids = [job.job_id for job in jobs]
     ends = [(path.stem, end) for path in sorted((run.path / "slurm" / "ends").glob("*.jsonl")) for end in
             records.ends(run, path.stem)]  # fmt: skip
-    equal = scenes.digests(run)["checkpoint"] == scenes.digests(scene.run("narrow"))["checkpoint"]
-    equal = equal and scenes.rows(run) == scenes.rows(scene.run("narrow"))
+    equal = scenes.digests(run)["checkpoint"] == scenes.digests(twin)["checkpoint"]
+    equal = equal and scenes.rows(run) == scenes.rows(twin)
     book = goodput.receipt(run, stage="train").seconds
     return Row(
         name,
@@ -251,6 +259,62 @@ def side_by_side_in_one_array(scene: Scene) -> Row:
     return row_of(scene, first, "two runs in one array", sound and equal, note, waited_s=round(waited_s, 1))
 
 
+def chain(scene: Scene) -> Row:
+    """A site that forbids requeues: the job that is preempted saves and ends well, the next of its chain goes on."""
+    site = Scene(scene.lab, scene.workspace, scene.image, {**scene.profile, "requeue": False, "chain": 2})
+    run = site.submit("chained", *NARROW, stages="train", points=("step",))
+    scenes.wait_for(lambda: bool(site.reached(run, "step", 0)), lambda: f"it is held\n{site.logs(run)}")
+    waited_s = site.preempt()
+    shown = site.command("status", run.name).stdout
+    _release(site, run)  # the second job has a first start, too
+    states = site.wait_until_over(run)
+    first, second = (job.job_id for job in records.read(run)[-1].jobs)
+    ends = [(end["action"], end["code"]) for job in (first, second) for end in records.ends(run, job)]
+    sound = set(states.values()) == {"COMPLETED"} and ends == [("next", 85), ("end", 0)]
+    sound = sound and "saved for the next of its chain" in shown
+    note = "two jobs of one name, --no-requeue; status says: saved for the next of its chain"
+    return row_of(site, run, "a chain of jobs", sound, note, waited_s=round(waited_s, 1))
+
+
+def ill_node(scene: Scene) -> Row:
+    """The health probe of the second node fails: the job is requeued without that node."""
+    run = scene.submit("ill", *NARROW, stages="train", points=("ill",))
+    states = scene.wait_until_over(run)
+    job = scene.job(run, "train")
+    first = records.ends(run, job)[0]
+    (host,) = first["nodes"]
+    hosts = {
+        event.fields["host"] for event in journal.read(run) if event.kind == "attempt_start" and event.stage == "train"
+    }
+    sound = list(states.values()) == ["COMPLETED"] and (first["code"], first["action"]) == (86, "elsewhere")
+    sound = sound and host in scene.lab.node_names and len(hosts) == 2 and host not in hosts
+    sound = sound and f"node {host}: its memory is gone" in scene.logs(run, 200)
+    return row_of(scene, run, "ill node", sound, f"{host} was left out of the second start")
+
+
+def without_network(scene: Scene) -> Row:
+    """Compute nodes without a network: `submit` fetches the images here, and the jobs need nothing from outside."""
+    wrapper = scene.workspace / "python-without-network"
+    wrapper.write_text(f'#!/bin/bash\nexec unshare --net -- {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    port = int((scene.lab.directory / "etc" / "slurm.conf").read_text().split("SlurmctldPort=")[1].split()[0])
+    reach = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+    inside = subprocess.run([wrapper, "-c", reach], capture_output=True, check=False).returncode
+    outside = subprocess.run([sys.executable, "-c", reach], capture_output=True, check=False).returncode
+    profile = {**scene.profile, "compute_network": False, "runtime": {"kind": "none", "python": str(wrapper)}}
+    far = Scene(scene.lab, scene.workspace, None, profile)
+    digits = (
+        "train.ranks=1", "encode.source=mnist", "encode.source_path=null", "encode.limit=96",
+        "data.table=tables/digits", "data.validation_table=tables/digits-validation",
+    )  # fmt: skip
+    run = far.submit("far", *digits, stages="encode,train,sample")
+    states = far.wait_until_over(run)
+    twin = far.undisturbed("near", *digits, stages="encode,train,sample")
+    sound = set(states.values()) == {"COMPLETED"} and (inside, outside) == (1, 0)
+    sound = sound and scenes.digests(run) == scenes.digests(twin)
+    return row_of(far, run, "no network on the nodes", sound, "MNIST was fetched where it was submitted", twin)
+
+
 EVENTS: dict[str, Callable[[Scene], Row]] = {
     "time limit": time_limit,
     "scancel": cancelled,
@@ -263,4 +327,7 @@ EVENTS: dict[str, Callable[[Scene], Row]] = {
     "hanging rank": hanging_rank,
     "side by side": side_by_side,
     "side by side in one array": side_by_side_in_one_array,
+    "chain": chain,
+    "ill node": ill_node,
+    "without network": without_network,
 }

@@ -100,20 +100,44 @@ def _until_held(pid: int) -> None:
 def test_the_end_of_a_process_is_not_disturbed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python gives signals back at its shutdown; one that comes then must not change the code."""
     kept = {number: signal.getsignal(number) for number in [*task.SIGNALS, signal.SIGCONT]}
-    monkeypatch.setattr(StageTask, "_run", lambda self, run, job: 0)
     monkeypatch.setenv("HPC_GEN_TASK", "0")
     monkeypatch.setenv("HPC_GEN_NUM_TASKS", "1")
+    left: list[int] = []
+    monkeypatch.setattr(task, "_leave_with", left.append)  # the real one ends this process
     try:
-        assert StageTask(str(run.path), "count")() == 0
-        assert [signal.getsignal(number) for number in task.SIGNALS] == [signal.SIG_IGN] * len(task.SIGNALS)
-        monkeypatch.setattr(StageTask, "_run", lambda self, run, job: 85)
-        left: list[int] = []
-        monkeypatch.setattr(task, "_leave_with", left.append)  # the real one ends this process
-        StageTask(str(run.path), "count")()
-        assert left == [85]
+        for code in (0, 85):
+            monkeypatch.setattr(StageTask, "_run", lambda self, run, job, code=code: code)
+            StageTask(str(run.path), "count")()
+            assert [signal.getsignal(number) for number in task.SIGNALS] == [signal.SIG_IGN] * len(task.SIGNALS)
+        assert left == [0, 85]
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def test_nothing_is_taken_down_at_the_end(run: RunFolder) -> None:
+    """Threads and what was to be done at exit are left: the preempting job waits for the end of the process."""
+    lines = [
+        "import sys, threading, time, atexit",
+        "sys.path.insert(0, sys.argv.pop(1))",
+        "from slurm.task import StageTask",
+        "def run(self, run, job):",
+        "    threading.Thread(target=time.sleep, args=(60,)).start()",
+        "    atexit.register(time.sleep, 60)",
+        "    print('all is committed', end='')",
+        "    return 0",
+        "StageTask._run = run",
+        "StageTask(sys.argv[1], 'count')()",
+    ]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), str(run.code), str(run.path)],
+        text=True,
+        capture_output=True,
+        timeout=50,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("all is committed"), done.stderr
+    assert time.monotonic() - begun < 45
 
 
 def test_an_ill_node_is_left_and_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,9 @@ def test_without_a_network_no_connection_is_tried(
     publish(run, 64, "online")
     assert not (tmp_path / "imported").exists()
     said = capfd.readouterr().err
-    assert said == f"wandb: there is no network here; `hpc-gen track sync {run.name}` publishes from where there is one\n"
+    assert (
+        said == f"wandb: there is no network here; `hpc-gen track sync {run.name}` publishes from where there is one\n"
+    )
     publish(run, 64, "offline")
     assert (tmp_path / "imported").exists()
 

@@ -133,6 +133,16 @@ def _hang(module: ModuleType) -> None:
     module._step_all_turns = hanging
 
 
+def _ill(module: ModuleType) -> None:
+    """The health probe finds that the node of rank 1 is ill. Only the first task of a node looks."""
+    real = module.check_memory
+
+    def checked(*args: Any) -> list[str]:
+        return [*real(*args), *(["its memory is gone"] if _start()[2] == "1" else [])]
+
+    module.check_memory = checked
+
+
 POINTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "rendezvous": ("torch.distributed", lambda m: _before(m, None, "init_process_group", "rendezvous", [1], 1)),
     "load": (
@@ -148,6 +158,7 @@ POINTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "last_barrier": ("hpc_gen.runtime.ranks", lambda m: _before(m, "Ranks", "stop", "last_barrier", None, 1)),
     "slow": ("hpc_gen.training.loop", _slow),
     "hang": ("hpc_gen.training.loop", _hang),
+    "ill": ("slurm.probe", _ill),
     "sampling": ("hpc_gen.sampling.generate", lambda m: _before(m, None, "generate_block", "sampling", None, 1)),
 }
 AT_ONCE = ("before_import", "in_import")
