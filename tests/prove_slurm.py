@@ -51,6 +51,8 @@ def cases(image: Path | None) -> dict[str, Callable[[Scene, Scene], Row]]:
         found[f"container {point}"] = lambda bare, inside, p=point: slurm_cases.preempted(inside, p)  # type: ignore[misc]
     for name, event in slurm_cases.EVENTS.items():
         found[name] = lambda bare, inside, e=event: e(bare)  # type: ignore[misc]
+    for name, event in slurm_cases.INSIDE.items() if image is not None else ():
+        found[f"container {name}"] = lambda bare, inside, e=event: e(inside)  # type: ignore[misc]
     return found
 
 

@@ -6,6 +6,7 @@ The short set. All twelve points of preemption, in both, and the other ends of a
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,28 @@ def test_the_same_run_cannot_be_submitted_twice(narrow: Scene) -> None:
     assert list(narrow.wait_until_over(run).values()) == ["CANCELLED"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("partition=lo", "the cluster has no partition 'lo' (did you mean 'low'?); it has "),
+        (
+            "cpus_per_task=17",
+            "train cannot run in partition 'low': 1 processes of 17 CPUs do not fit into its nodes of 16",
+        ),
+        ("max_nodes=1", "training wants 2 nodes of 1 processes and the profile allows 1"),
+        ("sbatch.licenses=nope", "Slurm would refuse the job of train: "),
+    ],
+)
+def test_what_the_cluster_cannot_serve_is_refused_before_the_queue(narrow: Scene, setting: str, sentence: str) -> None:
+    """By sinfo, and by sbatch --test-only where only Slurm knows."""
+    said = narrow.command(
+        "submit", str(narrow.config()), "--cluster", str(narrow.profile_file(narrow.run("refused"))), "name=refused",
+        *ONE_PER_NODE, "--stages", "train", "--set", setting, expected=2,
+    )  # fmt: skip
+    assert sentence in said.stderr
+    assert narrow.lab.run(["squeue", "-h", "-n", "refused.train"]).stdout == ""
+
+
 def test_preempted_for_real_at_three_points(narrow: Scene) -> None:
     """While torch is imported, between two collectives of a step, and in front of the rename of a checkpoint."""
     points = ("in_import", "step", "rename")
@@ -128,6 +151,10 @@ def test_in_a_container_as_an_ordinary_user(narrow: Scene, image: Path) -> None:
     states = inside.wait_until_over(run)
     assert list(states.values()) == ["COMPLETED"], f"{states}\n{inside.logs(run)}"
     assert scenes.digests(run) == scenes.digests(inside.run("narrow"))
+    budget = (
+        r"train: start-up [\d.]+ s: container [\d.]+, import [\d.]+, rendezvous [\d.]+, load [\d.]+, first step [\d.]+"
+    )
+    assert re.search(budget, inside.logs(run, 200)), inside.logs(run)
     newest = scenes.read.newest(run).path
     assert newest.stat().st_uid == 65534, "another user than nobody has written the checkpoint"
     assert not list(run.code.rglob("__pycache__")), "bytecode was written to the shared file system"

@@ -127,7 +127,9 @@ class Scene:
         own = {"PYTHONPATH": paths, "HPC_GEN_WORKSPACE": str(self.workspace), "OMP_NUM_THREADS": "1"}
         return self.lab.environment(**{**own, **extra})
 
-    def command(self, *words: str, expected: int | None = 0, **extra: str) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *words: str, expected: int | None = 0, limit_s: float = 240.0, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         """`hpc-gen WORDS`; its exit code must be `expected`, unless that is None."""
         done = subprocess.run(
             [sys.executable, "-P", "-m", "hpc_gen.cli", *words],
@@ -135,7 +137,7 @@ class Scene:
             cwd=self.workspace,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=limit_s,
             check=False,
         )
         said = f"hpc-gen {' '.join(words)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

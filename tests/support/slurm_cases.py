@@ -315,6 +315,23 @@ def without_network(scene: Scene) -> Row:
     return row_of(far, run, "no network on the nodes", sound, "MNIST was fetched where it was submitted", twin)
 
 
+def demo(scene: Scene) -> Row:
+    """The experiment of `make demo`, shortened, with all its stages on two nodes with two processes each; its twin runs on
+    this machine with four processes."""
+    wide = Scene(scene.lab, scene.workspace, scene.image, {**scene.profile, "tasks_per_node": 2})
+    run, twin = wide.run("demo-jobs"), wide.run("demo-here")
+    config = str(scenes.ROOT / "job_configs" / "demo" / "mnist16.yaml")
+    short = ("train.ranks=4", "train.total_images=1280", "train.schedule.warmup_images=320", "train.save_every=640",
+             "train.keep_every=640", "train.validate.every_images=640", "train.preview=null")  # fmt: skip
+    wide.command("submit", config, "--cluster", str(wide.profile_file(run)), f"name={run.name}", *short)
+    states = wide.wait_until_over(run, 900)
+    wide.command("run", config, f"name={twin.name}", *short, limit_s=900)
+    stages = [job.stage for job in records.read(run)[-1].jobs]
+    sound = set(states.values()) == {"COMPLETED"} and scenes.digests(run) == scenes.digests(twin)
+    sound = sound and stages == ["encode", "train", "sample", "evaluate", "report"] and run.report.is_file()
+    return row_of(wide, run, "the demo, all stages", sound, f"{len(scenes.digests(run))} digests equal", twin)
+
+
 EVENTS: dict[str, Callable[[Scene], Row]] = {
     "time limit": time_limit,
     "scancel": cancelled,
@@ -331,3 +348,5 @@ EVENTS: dict[str, Callable[[Scene], Row]] = {
     "ill node": ill_node,
     "without network": without_network,
 }
+INSIDE: dict[str, Callable[[Scene], Row]] = {"demo": demo}
+"""Cases in a container only."""
