@@ -247,6 +247,20 @@ MUTANTS = (
         ("tests/unit/test_slurm_scripts.py", "-k", "element"),
     ),
     Mutant(
+        "all elements of an array of runs work on the first run",
+        "slurm/batch.py",
+        """'run="${runs[$SLURM_ARRAY_TASK_ID]}"'""",
+        """'run="${runs[0]}"'""",
+        ("tests/unit/test_slurm_scripts.py", "-k", "own_run"),
+    ),
+    Mutant(
+        "what follows the training of one run waits for those of all",
+        "slurm/arrays.py",
+        "            last[place] = (array, element)\n",
+        "            last[place] = (array, None)\n",
+        ("tests/unit/test_slurm_arrays.py", "-k", "trainings"),
+    ),
+    Mutant(
         "the batch shell dies of the signal that it is to survive",
         "slurm/batch.py",
         """        "trap 'told=\\"$told TERM\\"' TERM",\n""",
