@@ -59,6 +59,36 @@ def test_ended_jobs() -> None:
     }
 
 
+def test_ended_jobs_of_24_05() -> None:
+    """By its manual: a job that was cancelled while it pended has no node, a heterogeneous one a plus sign in its number,
+    and a node list or a reason may hold what it likes."""
+    found = parse_ended(
+        "sacct: warning: the database is being upgraded\n"
+        "4242_7|4251|TIMEOUT|0:0|2026-11-27T07:23:50|2026-11-27T19:23:50|nid[001-002,017]\n"
+        "4242_8|4252|CANCELLED by 1000|0:0|None|2026-11-27T07:25:03|None assigned\n"
+        "4242_[9-12%4]|4242|PENDING|0:0|Unknown|Unknown|None assigned\n"
+        "4260+0|4260|COMPLETED|0:0|2026-11-27T07:23:50|2026-11-27T07:24:08|n1\n"
+        "4270|4270|PREEMPTED|0:0|2026-11-27T07:23:50|2026-11-27T07:24:08|n1\n"
+        "4271|4271|DEADLINE|0:0|2026-11-27T07:23:50|2026-11-27T07:24:08|n1\n"
+        "4272|4272|RUNNING|0:0|2026-11-27T07:23:50|Unknown|n1\n"
+        "4272.extern|4272.extern|RUNNING|0:0|2026-11-27T07:23:50|Unknown|n1\n"
+    )
+    states = {key: (job.state, job.nodes) for key, job in found.items()}
+    assert states == {
+        "4242_7": ("TIMEOUT", "nid[001-002,017]"),
+        "4242_8": ("CANCELLED", "None assigned"),
+        "4260+0": ("COMPLETED", "n1"),
+        "4270": ("PREEMPTED", "n1"),
+        "4271": ("DEADLINE", "n1"),
+    }
+
+
+def test_partitions_of_24_05() -> None:
+    """By its manual: a type of GPU may hold a dash, further resources stand beside them, and a state word a suffix."""
+    (found,) = parse_partitions("gpu*|up|2-00:00:00|16|256|1031000+|gpu:nvidia_gh200:4(S:0-3),shard:16|gh200,hsn\n")
+    assert (found.gpus, found.gpu_types, found.mem_mb, found.limit_min) == (4, ("nvidia_gh200",), 1031000, 2880)
+
+
 def test_partitions_sum_their_kinds_of_nodes() -> None:
     low, gpu = parse_partitions(
         "low*|up|1-00:00:00|4|16|64000|gpu:a100:4|(null)\n"

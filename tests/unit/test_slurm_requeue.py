@@ -244,6 +244,38 @@ def test_the_time_limit_of_the_job_is_told_apart_from_scancel(tmp_path: Path) ->
     assert ended(tmp_path, 143, 0, shown, told=" TERM").action == "requeue"
 
 
+# `scontrol show job -o` of 24.05, by its manual: ReqTRES and AllocTRES in the place of TRES, AccrueTime, LastSchedEval with
+# its scheduler, and a state that may name a flag after a plus sign
+SHOWN_24 = (
+    "JobId=4251 ArrayJobId=4242 ArrayTaskId=7 JobName=big.train UserId=me(1000) GroupId=us(100) MCS_label=N/A Priority=99 "
+    "Nice=0 Account=p42 QOS=normal JobState={state} Reason={reason} Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
+    "Reboot=0 ExitCode=0:0 RunTime=00:10:01 TimeLimit=12:00:00 TimeMin=N/A SubmitTime=2026-11-27T07:23:48 "
+    "EligibleTime=2026-11-27T07:23:48 AccrueTime=2026-11-27T07:23:48 StartTime=2026-11-27T07:28:20 EndTime=Unknown "
+    "Deadline=N/A PreemptEligibleTime=2026-11-27T07:28:20 PreemptTime={preempt} SuspendTime=None SecsPreSuspend=0 "
+    "LastSchedEval=2026-11-27T07:28:20 Scheduler=Backfill Partition=gpu ReqTRES=cpu=8,gres/gpu=4 AllocTRES=cpu=8,gres/gpu=4"
+)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "preempt", "told", "action"),
+    [
+        ("RUNNING", "None", "2026-11-27T07:38:20", "", "requeue"),  # in its grace time
+        ("RUNNING", "None", "None", "", "requeue"),
+        ("RUNNING", "None", "N/A", "", "requeue"),
+        ("CANCELLED", "None", "None", " TERM", "end"),
+        ("CANCELLED+COMPLETING", "None", "None", "", "end"),
+        ("TIMEOUT", "TimeLimit", "None", " TERM", "requeue"),
+        ("PREEMPTED", "None", "2026-11-27T07:38:20", " TERM", "requeue"),
+        ("NODE_FAIL", "NodeFail", "None", " TERM", "end"),
+    ],
+)
+def test_a_job_as_newer_versions_show_it(
+    tmp_path: Path, state: str, reason: str, preempt: str, told: str, action: str
+) -> None:
+    shown = SHOWN_24.format(state=state, reason=reason, preempt=preempt)
+    assert ended(tmp_path, 85, 0, shown, told=told).action == action
+
+
 def test_ill_nodes_are_those_of_this_start_and_stay_excluded(tmp_path: Path) -> None:
     ill = tmp_path / "slurm" / "ill"
     ill.mkdir(parents=True)
