@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -214,6 +217,24 @@ def test_what_sbatch_refuses_takes_back_what_was_queued(desk: Desk, fake: FakeSl
     said = desk.submit("--array", "seed=1,2", code=2)
     assert "sbatch refused a job of the array 'tiny': " in said and "Invalid account" in said
     assert fake.asked("scancel") == ["101 102 103 104 105 106"]
+
+
+def test_the_folder_of_the_array_gets_the_group_of_the_profile(desk: Desk) -> None:
+    name = grp.getgrgid(os.getgid()).gr_name
+    desk.submit("--array", "seed=1,2", "--stages", "train", "--set", f"group={name}", "--set", "umask='027'")
+    folder = desk.root / "arrays" / "tiny" / "0001" / "slurm" / "submitted"
+    assert folder.stat().st_gid == os.getgid() and folder.stat().st_mode & stat.S_ISGID
+    assert folder.stat().st_mode & 0o7 == 0
+    assert desk.run("tiny-seed-2").logs.stat().st_mode & stat.S_ISGID
+
+
+def test_secrets_reach_neither_the_runs_nor_the_folder_of_the_array(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-of-mine")
+    desk.submit("--array", "seed=1,2")
+    files = [path for path in desk.root.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if b"s3cr3t-of-mine" in path.read_bytes()]
 
 
 def test_only_runs_that_want_training_are_in_the_array(desk: Desk) -> None:
