@@ -118,10 +118,9 @@ def _submit_array(
     experiments = [loader.load(config, own) for own in axes.expand(name, array, overrides)]
     folders = [RunFolder(control.runs_folder(root) / each.experiment.name) for each in experiments]
     runs = [(run, run_setup.accepted(run, run_setup.typed(each), root)) for run, each in zip(folders, experiments)]
-    chosen = stage_names(stages) or runs[0][1].experiment.stage_order()
+    chosen, slurm = stage_names(stages) or runs[0][1].experiment.stage_order(), commands.Commands()
     if not dry_run:
-        for run in folders:
-            refuse_queued(run)
+        arrays.refuse_second(folders, slurm)
         for each in experiments:
             run_setup.prepare_run(each, root)
         runs = [(run, run_setup.load_run(run)) for run in folders]
@@ -130,9 +129,9 @@ def _submit_array(
     members = arrays.plan_members(runs, profile, chosen, say, dry_run=dry_run)
     steps = arrays.plan_steps(name, arrays.new_folder(root, name), members, profile)
     if dry_run:
-        arrays.show(steps, members, profile, commands.Commands(), say)
+        arrays.show(steps, members, profile, slurm, say)
         return
-    arrays.submit(name, steps, members, cluster, profile, commands.Commands(), say)
+    arrays.submit(name, steps, members, cluster, profile, slurm, say)
     say(f"watch them: hpc-gen status; one of them: hpc-gen status {folders[0].name} --watch")
 
 

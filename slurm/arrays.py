@@ -198,8 +198,8 @@ def submit(
     with ExitStack() as locks:
         for run in sorted(runs, key=lambda each: each.name):
             locks.enter_context(records.lock(run))
+        refuse_second(runs, commands)
         for run in runs:
-            submission.refuse_second(run, commands)
             submission.refuse_old_code(run)
         submission.refuse_impossible([step.plan for step in _kinds(steps)], profile, commands)
         for run in runs:
@@ -209,6 +209,14 @@ def submit(
                 _make_folder(step, profile)
                 say(f"grace      {grace.sentence(step.runs[0], profile.grace_s)}")
         _submit_steps(name, steps, runs, cluster, profile, commands, say)
+
+
+def refuse_second(runs: Sequence[RunFolder], commands: Commands) -> None:
+    """`submission.refuse_second` for each run that exists, with one look at the queue."""
+    queue = commands.live()
+    for run in runs:
+        if run.exists():
+            submission.refuse_second(run, commands, queue)
 
 
 def _kinds(steps: Sequence[Step]) -> list[Step]:
@@ -300,7 +308,6 @@ def show(
     if not commands.available():
         say("not asked     Slurm is not on this machine, so nobody has checked whether it would take these jobs")
         return
-    for member in members:
-        submission.refuse_second(member.run, commands)
+    refuse_second([member.run for member in members], commands)
     for line in submission.refuse_impossible([step.plan for step in _kinds(steps)], profile, commands):
         say(f"Slurm says    {line}")

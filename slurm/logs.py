@@ -78,7 +78,7 @@ def _all(run: RunFolder) -> list[Log]:
             match = re.fullmatch(r"(.+)_(\d+)", path.stem)
             if match is not None and not parts[0].isdigit():
                 found.append(Log(match[1], f"process {match[2]}", path))
-        elif len(parts) == (2 if job.tasks or job.job_id == element else 1):
+        elif len(parts) == (2 if job.tasks or "_" in job.job_id else 1):
             found.append(Log(job.stage, f"batch script of job {path.stem}", path, script=True))
         elif job.tasks:
             found.append(Log(job.stage, f"task {parts[1]} of job {parts[0]}", path))

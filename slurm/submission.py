@@ -88,9 +88,12 @@ def _submit_stage(
     return so_far
 
 
-def refuse_second(run: RunFolder, commands: Commands) -> None:
-    """Raise UserError when the run is queued or running already, on Slurm or on this machine."""
-    live = live_jobs(run, commands)
+def refuse_second(run: RunFolder, commands: Commands, queue: Sequence[LiveJob] | None = None) -> None:
+    """Raise UserError when the run is queued or running already, on Slurm or on this machine.
+
+    `queue`: all live jobs of the user, where they were asked for already.
+    """
+    live = live_jobs(run, commands) if queue is None else [job for job in queue if records.is_of(job, run)]
     if live:
         ids = {job: job.base_id if job.comment == str(run.path) else job.job_id for job in live}
         told = ", ".join(sorted({f"{ids[job]} ({job.name.rpartition('.')[2]})" for job in live})[:4])

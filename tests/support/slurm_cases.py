@@ -304,7 +304,7 @@ def without_network(scene: Scene) -> Row:
     profile = {**scene.profile, "compute_network": False, "runtime": {"kind": "none", "python": str(wrapper)}}
     far = Scene(scene.lab, scene.workspace, None, profile)
     digits = (
-        "train.ranks=1", "encode.source=mnist", "encode.source_path=null", "encode.limit=96",
+        "train.ranks=1", "encode.source=mnist", "encode.source_path=null", "encode.limit=96", "sample.num_images=20",
         "data.table=tables/digits", "data.validation_table=tables/digits-validation",
     )  # fmt: skip
     run = far.submit("far", *digits, stages="encode,train,sample")

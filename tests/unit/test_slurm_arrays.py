@@ -257,7 +257,9 @@ def test_commands_know_an_element_as_the_runs_own_job(desk: Desk, fake: FakeSlur
     assert "job 101_0    train: running; on n1" in desk.type("status", "tiny-seed-1")
     assert "job 101_1    train: pending; waits for free nodes" in desk.type("status", "tiny-seed-2")
     assert "run 'tiny-seed-2' is submitted already: job 101_1 (train)" in desk.type("resume", "tiny-seed-2", code=2)
+    before = len(fake.asked("squeue"))
     assert "'tiny-seed-1' is submitted already: job 101_0" in desk.submit("--array", "seed=1,2", code=2)
+    assert len(fake.asked("squeue")) == before + 1, "one look at the queue, for any number of runs"
     assert "SIGTERM to the tasks of tiny.train (101_0, on n1)" in desk.type("preempt", "tiny-seed-1")
     assert "cancelling tiny.train (101_1, pending)" in desk.type("cancel", "tiny-seed-2")
     assert fake.asked("scancel") == ["--signal=TERM 101_0", "101_1"]
