@@ -266,6 +266,14 @@ def test_commands_know_an_element_as_the_runs_own_job(desk: Desk, fake: FakeSlur
     assert not desk.run("tiny-seed-1").stop_file.exists()
 
 
+def test_one_run_of_an_array_goes_on_alone(desk: Desk) -> None:
+    desk.submit("--array", "seed=1,2", "--stages", "train,report")
+    said = desk.type("resume", "tiny-seed-2", "--cluster", "lab", "--stages", "train")
+    assert "submitted  train: job 104, 2 nodes x 2 processes" in said
+    assert [each.number for each in records.read(desk.run("tiny-seed-2"))] == [1, 2]
+    assert [each.number for each in records.read(desk.run("tiny-seed-1"))] == [1]
+
+
 def test_what_waits_for_an_element_says_so(desk: Desk, fake: FakeSlurm) -> None:
     desk.submit("--array", "seed=1,2", "--stages", "train,report")
     run = desk.run("tiny-seed-1")
