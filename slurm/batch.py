@@ -10,6 +10,7 @@ The body runs on the first node, outside any container. Why it looks as it does 
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -72,9 +73,19 @@ def launch_prefix(profile: ClusterProfile, run: Path, workspace: Path, own_pytho
     python = shlex.quote(runtime.python or "python3")
     if runtime.kind == "pyxis":
         return "", python  # srun starts the container
-    binds = list(dict.fromkeys([str(workspace), str(run), *runtime.binds]))
+    binds = _binds(profile, run, workspace)
     words = [runtime.program, "exec", *runtime.options, *(word for bind in binds for word in ("--bind", bind))]
     return " ".join(_word(word) for word in [*words, str(runtime.image)]) + " ", python
+
+
+def _binds(profile: ClusterProfile, run: Path, workspace: Path) -> list[str]:
+    """Folders seen in a container.
+
+    A run in its workspace comes with it: bound by itself it would be a mount of its own, and no file can be renamed
+    from one mount to another, as shards are from the run's staging folder to a table.
+    """
+    within = run == RUN_OF_ELEMENT or Path(os.path.realpath(run)).is_relative_to(os.path.realpath(workspace))
+    return list(dict.fromkeys([str(workspace), *([] if within else [str(run)]), *profile.runtime.binds]))
 
 
 def python_words(profile: ClusterProfile, run: Path, workspace: Path, own_python: str) -> str:
@@ -240,7 +251,7 @@ def _pyxis(spec: JobSpec) -> list[str]:
     runtime = spec.profile.runtime
     if runtime.kind != "pyxis":
         return []
-    binds = list(dict.fromkeys([str(spec.workspace), str(spec.shell_run), *runtime.binds]))
+    binds = _binds(spec.profile, spec.shell_run, spec.workspace)
     mounts = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
     return [f"--container-image={runtime.image}", f"--container-mounts={mounts}", *runtime.options]
 

@@ -55,7 +55,7 @@ class RuntimeProfile(Section):
     program: NonEmpty = "apptainer"
     """Apptainer's program on the compute nodes."""
     binds: list[NonEmpty] = Field(default_factory=list)
-    """Folders seen inside, as in /scratch or /data:/data:ro; the workspace and the run folder always are."""
+    """Folders seen inside, as in /scratch or /data:/data:ro; the workspace always is, with the runs in it."""
     options: list[NonEmpty] = Field(default_factory=list)
     """Further options of `apptainer exec`, as in --nv; or of srun for pyxis."""
 

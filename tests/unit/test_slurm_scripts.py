@@ -116,6 +116,20 @@ def test_flags_that_matter_everywhere() -> None:
             assert "#SBATCH --kill-on-invalid-dep=yes" in lines
 
 
+def test_a_run_is_bound_by_itself_only_where_it_is_not_in_its_workspace(tmp_path: Path) -> None:
+    """Two mounts of one file system are two to rename(2), and shards are renamed from the run into a table."""
+    found = profile("a100")
+    workspace, outside = tmp_path / "w", tmp_path / "other" / "run"
+    assert " --bind " + str(workspace) in (words := batch.python_words(found, workspace / "runs" / "a", workspace, "p"))
+    assert words.count("--bind") == 1
+    assert batch.python_words(found, outside, workspace, "p").count("--bind") == 2
+    outside.mkdir(parents=True)
+    (workspace / "runs").mkdir(parents=True)
+    (workspace / "runs" / "link").symlink_to(outside)
+    words = batch.python_words(found, workspace / "runs" / "link", workspace, "p")
+    assert f"--bind {workspace / 'runs' / 'link'} " in words
+
+
 def test_a_script_holds_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cr3t")
     assert all("s3cr3t" not in text_of(job) for job in SPECS.values())

@@ -55,7 +55,7 @@ export SUBMITIT_EXECUTOR=slurm
 said=$(mktemp "${TMPDIR:-/tmp}/hpc-gen-srun.XXXXXX") || said=/dev/stderr
 HPC_GEN_LAUNCHED=$(date +%s.%N)  # what the start costs is counted from here
 export HPC_GEN_LAUNCHED
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=8 '--output=/w/runs/big one/logs/%j_%t.log' apptainer exec --nv --bind /w --bind '/w/runs/big one' '/images/hpc gen.sif' python3 -I -S '/w/runs/big one/code/slurm/hold_signals.py' python3 -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=8 '--output=/w/runs/big one/logs/%j_%t.log' apptainer exec --nv --bind /w '/images/hpc gen.sif' python3 -I -S '/w/runs/big one/code/slurm/hold_signals.py' python3 -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
 step=$!
 wait "$step"
 code=$?
@@ -77,7 +77,7 @@ decide() {
     --job "$job" --restart "$restart" --code "$code" --told "$told" --srun "$said" \
     --nodes "$nodes" --limit 200 --stalled-limit 3 --retries 1
 }
-verdict=$(decide python3) || verdict=$(decide apptainer exec --nv --bind /w --bind '/w/runs/big one' '/images/hpc gen.sif' python3) || verdict=''
+verdict=$(decide python3) || verdict=$(decide apptainer exec --nv --bind /w '/images/hpc gen.sif' python3) || verdict=''
 if [ -f "$said" ]; then rm -f "$said"; fi
 read -r action final without <<< "$verdict"
 if [ -z "$action" ]; then  # no Python here: the one rule that needs none

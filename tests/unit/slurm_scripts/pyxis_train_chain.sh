@@ -56,7 +56,7 @@ export SUBMITIT_EXECUTOR=slurm
 said=$(mktemp "${TMPDIR:-/tmp}/hpc-gen-srun.XXXXXX") || said=/dev/stderr
 HPC_GEN_LAUNCHED=$(date +%s.%N)  # what the start costs is counted from here
 export HPC_GEN_LAUNCHED
-srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=1 '--output=/w/runs/big one/logs/%j_%t.log' '--container-image=nvcr.io#nvidia/pytorch:25.06-py3' '--container-mounts=/w:/w,/w/runs/big one:/w/runs/big one,/data:/data,/x:/y:ro' python3 -I -S '/w/runs/big one/code/slurm/hold_signals.py' python3 -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
+srun --unbuffered --kill-on-bad-exit=1 --export=ALL --open-mode=append --cpus-per-task=1 '--output=/w/runs/big one/logs/%j_%t.log' '--container-image=nvcr.io#nvidia/pytorch:25.06-py3' --container-mounts=/w:/w,/data:/data,/x:/y:ro python3 -I -S '/w/runs/big one/code/slurm/hold_signals.py' python3 -P -u -m submitit.core._submit '/w/runs/big one/slurm/submitted' 2> "$said" &
 step=$!
 wait "$step"
 code=$?
