@@ -261,6 +261,13 @@ MUTANTS = (
         ("tests/unit/test_slurm_arrays.py", "-k", "trainings"),
     ),
     Mutant(
+        "a run is a mount of its own in a container",
+        "slurm/batch.py",
+        "*([] if within else [str(run)])",
+        "str(run)",
+        ("tests/unit/test_slurm_scripts.py", "-k", "bound"),
+    ),
+    Mutant(
         "the batch shell dies of the signal that it is to survive",
         "slurm/batch.py",
         """        "trap 'told=\\"$told TERM\\"' TERM",\n""",
