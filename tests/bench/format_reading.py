@@ -1,27 +1,25 @@
-"""The same latents in the same batches by every way of storing them; decode of photographs; cuts into shards.
+"""The same latents in the same batches by every way of storing them; by size of a row; cuts into shards; decode.
 
 The rows are those of specs/dependencies.md section 7: a latent and its flip, 16 KiB per row, of which one, 8 KiB, is
-delivered in batches of 64. Peers are read as their own programs read them: a sample at a time, stacked. All in this
-process, without workers, the page cache warm; slow ways go through fewer rows, all numbers are per second.
+delivered in batches of 64. All without workers, the page cache warm. Every way writes its batches into memory that it
+asks for anew, memcpy included, and goes through rows of its own, so that none finds those of another in the processor's
+caches.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
+import shutil
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from format_peers import SEED, Way, peers
 from measure import Table, by_turns
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hpc_gen.data import decode
@@ -32,79 +30,109 @@ from hpc_gen.data.ordered import OrderedReader
 from hpc_gen.data.write import write_table
 
 SHAPE = (16, 16, 16)  # float16: 8 KiB
-BATCH, SEED = 64, 0
+BATCH = 64
 PIECE, SLOW_PIECE = 8, 2  # batches of one turn
-SLOW_ROWS = 2_048  # of ways that need a file or a parser per row
 OURS = {"ptshard": "ptshard", "WebDataset tar": "webdataset", "safetensors": "safetensors"}
+SAME_ROWS = "limit: memcpy of the same bytes: row after row in the same order, from memory"
+STRAIGHT = "limit: memcpy of as many bytes, front to back"
+ROW_KIB = (4, 8, 16, 32, 64)
 
 
 def bench(quick: bool) -> list[Table]:
-    """Three tables: formats, cuts, decode."""
+    """Four tables: formats, sizes of a row, cuts, decode."""
     torch.set_num_threads(1)
     rows, rounds = (2_048, 2) if quick else (20_000, 5)
     with tempfile.TemporaryDirectory(prefix="hpc-gen-bench-") as name:
         folder = Path(name)
-        moments = torch.randn((rows, *SHAPE), generator=torch.Generator().manual_seed(SEED)).half()
-        flipped = moments.flip(-1).contiguous()
-        columns = {"moments": moments, "moments_flip": flipped, "labels": torch.arange(rows) % 1000}
-        return [
-            _formats(folder, columns, rows, rounds),
-            _cuts(folder, columns, rows, rounds),
-            _decode(200 if quick else 600, rounds),
-        ]
+        columns = _columns(rows, SHAPE)
+        tables = [_formats(folder, columns, rows, rounds), _cuts(folder, columns, rows, rounds)]
+    with tempfile.TemporaryDirectory(prefix="hpc-gen-bench-") as name:
+        tables.insert(1, _sizes(Path(name), 8 if quick else 160, rounds))
+    return [*tables, _decode(200 if quick else 600, rounds)]
+
+
+def _columns(rows: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Latents, their flips and labels of so many rows."""
+    moments = torch.randn((rows, *shape), generator=torch.Generator().manual_seed(SEED)).half()
+    return {"moments": moments, "moments_flip": moments.flip(-1).contiguous(), "labels": torch.arange(rows) % 1000}
 
 
 def _formats(folder: Path, columns: dict[str, Tensor], rows: int, rounds: int) -> Table:
     moments = columns["moments"]
-    ways: dict[str, Callable[[], Iterator[Tensor]]] = {}
+    ways: dict[str, Way] = {}
     for name, layout in OURS.items():
         write_table(folder / layout, columns, shard_rows=1024, num_classes=1000, layout=layout)  # type: ignore[arg-type]
         ways[f"ours: {name}"] = _ours(folder / layout, moments)
-    plain = moments.numpy()
-    ways["limit: memcpy of the same number of bytes, front to back"] = lambda: (
-        torch.from_numpy(plain[begin : begin + BATCH].copy()) for begin in range(0, rows // BATCH * BATCH, BATCH)
-    )
-    ways["limit: the same rows in the same order, from memory"] = _from_memory(folder / "ptshard", moments)
-    peers, absent = _peers(folder, columns, rows)
-    ways |= peers
-    pieces = {name: PIECE if name.startswith(("ours", "limit")) else SLOW_PIECE for name in ways}
-    found = by_turns({name: _in_pieces(way, pieces[name]) for name, way in ways.items()}, 8 * rounds)
-    limit = next(name for name in ways if "memcpy" in name)
+    ways[SAME_ROWS] = _from_memory(folder / "ptshard", moments)
+    ways[STRAIGHT] = _front_to_back(moments)
+    actions = {name: _in_pieces(way, PIECE) for name, way in ways.items()}
+    others = peers(folder, columns, BATCH)
+    try:
+        actions |= {name: _in_pieces(way, SLOW_PIECE) for name, way in others.ways.items()}
+        actions |= {name: (lambda ask=ask: ask(SLOW_PIECE)) for name, ask in others.asked.items()}
+        found = by_turns(actions, 8 * rounds)
+    finally:
+        others.close()
     result = Table(
         "Reading the same latents by format",
         f"{rows:,} rows of 16 KiB (latent and flip, float16), 8 KiB delivered, batch {BATCH}; ours in training order from "
-        f"shards of 1024 rows; {8 * rounds} rounds of {PIECE} batches ({SLOW_PIECE} of peers) by turns, page cache warm, one "
-        "thread, no workers. " + absent,
-        ("way", "samples/s", "times memcpy", "times ours (ptshard)"),
+        f"shards of 1024 rows; {8 * rounds} rounds of {PIECE} batches ({SLOW_PIECE} of peers) by turns, a batch before "
+        f"each turn not counted, page cache warm, one thread, no workers, every batch in memory of its own. {others.told()}",
+        ("way", "samples/s", "times memcpy of the same bytes", "times memcpy front to back", "ours (ptshard) over it"),
     )
     first = next(iter(ways))
-    for name in ways:
-        rate = found[name].per(1.0).show("{:,.0f}")
-        result.add(
-            name, rate, found[limit].over(found[name]).show("{:.3f}"), found[first].over(found[name]).show("{:.3f}")
-        )
+    for name in actions:
+        ratios = [found[other].over(found[name]).show("{:.3f}") for other in (SAME_ROWS, STRAIGHT)]
+        result.add(name, found[name].per(1.0).show("{:,.0f}"), *ratios, found[name].over(found[first]).show("{:,.2f}"))
     return result
 
 
-def _in_pieces(way: Callable[[], Iterator[Tensor]], batches: int) -> Callable[[], float]:
+def _sizes(folder: Path, column_mib: int, rounds: int) -> Table:
+    """Ours beside both kinds of memcpy, from small rows to large ones, by the time of the processor."""
+    result = Table(
+        "Reading by the size of a row",
+        f"ptshard in training order beside memcpy, {column_mib} MiB of each size, batches of {BATCH}; {16 * rounds} rounds "
+        f"of {PIECE} batches by turns, a batch before each turn not counted. Seconds are those of the thread on the "
+        "processor, so that other programs count less.",
+        ("rows of", "ours, GB/s", "times memcpy of the same bytes", "times memcpy front to back"),
+    )
+    for kib in ROW_KIB:
+        place = folder / f"{kib}"
+        columns = _columns(column_mib * 1024 // kib, (kib, 512))
+        write_table(place, columns, shard_rows=1024, num_classes=1000)
+        moments = columns["moments"]
+        ways = {
+            "ours": _ours(place, moments),
+            SAME_ROWS: _from_memory(place, moments),
+            STRAIGHT: _front_to_back(moments),
+        }
+        found = by_turns({name: _in_pieces(way, PIECE, time.thread_time) for name, way in ways.items()}, 16 * rounds)
+        ratios = [found[other].over(found["ours"]).show("{:.3f}") for other in (SAME_ROWS, STRAIGHT)]
+        result.add(f"{kib} KiB", found["ours"].per(kib * 1024 / 1e9).show("{:.1f}"), *ratios)
+        shutil.rmtree(place)
+    return result
+
+
+def _in_pieces(way: Way, batches: int, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
     """Seconds per row of the next so many batches, over and over: short turns, so that all see the same machine."""
     going = _endless(way)
     next(going)  # what is opened and filled once
 
     def action() -> float:
-        begun = time.perf_counter()
+        next(going)  # the code and the memory for batches, which other ways have pushed out of the caches
+        begun = clock()
         rows = sum(len(next(going)) for _ in range(batches))
-        return (time.perf_counter() - begun) / rows
+        return (clock() - begun) / rows
 
     return action
 
 
-def _endless(way: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+def _endless(way: Way) -> Iterator[Tensor]:
     while True:
         yield from way()
 
 
-def _timed(way: Callable[[], Iterator[Tensor]], rows: int) -> Callable[[], float]:
+def _timed(way: Way, rows: int) -> Callable[[], float]:
     """Seconds per row."""
 
     def action() -> float:
@@ -116,7 +144,7 @@ def _timed(way: Callable[[], Iterator[Tensor]], rows: int) -> Callable[[], float
     return action
 
 
-def _ours(folder: Path, moments: Tensor) -> Callable[[], Iterator[Tensor]]:
+def _ours(folder: Path, moments: Tensor) -> Way:
     table = reading.Table.open(folder)
     picked = [table.rows - 1, 0, 77]
     assert torch.equal(table.read(picked, ("moments",))["moments"], moments[picked])  # what is timed is right
@@ -129,134 +157,29 @@ def _ours(folder: Path, moments: Tensor) -> Callable[[], Iterator[Tensor]]:
     return way
 
 
-def _from_memory(folder: Path, moments: Tensor) -> Callable[[], Iterator[Tensor]]:
+def _from_memory(folder: Path, moments: Tensor) -> Way:
+    """One memcpy per row, in the order in which ours reads them: numpy's indexing of rows that are one item each."""
     table = reading.Table.open(folder)
     rows = BlockShuffle(table.shard_rows, SEED, 16).rows(np.arange(table.rows // BATCH * BATCH))
-    held = moments.numpy().reshape(len(moments), -1).view("V8192").reshape(-1)
+    shape = moments.shape[1:]
+    held = moments.numpy().reshape(len(moments), -1).view(f"V{moments[0].nbytes}").reshape(-1)
 
     def way() -> Iterator[Tensor]:
         for begin in range(0, len(rows), BATCH):
-            yield torch.from_numpy(held[rows[begin : begin + BATCH]].view(np.float16).reshape(-1, *SHAPE))
+            yield torch.from_numpy(held[rows[begin : begin + BATCH]].view(np.float16).reshape(-1, *shape))
 
     return way
 
 
-def _peers(
-    folder: Path, columns: dict[str, Tensor], rows: int
-) -> tuple[dict[str, Callable[[], Iterator[Tensor]]], str]:
-    """Other ways, and a sentence on those that are not here."""
-    ways = {
-        "peer: a .npz per sample (MAR, DiM)": _npz(folder / "npz", columns),
-        "peer: ptshard of 64 rows, as its first reader reads it": _first_reader(folder / "first", columns, rows),
-        "peer: safetensors, a slice per sample (LightningDiT's reader)": _slices(folder / "lightning", columns, rows),
-    }
-    absent: list[str] = []
-    makers = {"webdataset": _webdataset, "litdata": _litdata}
-    for name, make in makers.items():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            absent.append(f"{name} is not installed, so its row is missing.")
-            continue
-        ways |= make(folder / name, columns, rows)
-    absent.append("mosaicml-streaming is left out: its pins do not fit ours (specs/dependencies.md section 2).")
-    return ways, " ".join(absent)
-
-
-def _shuffled(rows: int, seed: int = SEED) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).permutation(rows)
-
-
-def _stacked(read: Callable[[int], Tensor], rows: int) -> Callable[[], Iterator[Tensor]]:
-    """Batches of samples that are read one at a time, at random."""
+def _front_to_back(moments: Tensor) -> Way:
+    """One memcpy per batch, of rows that follow each other."""
+    plain = moments.numpy()
 
     def way() -> Iterator[Tensor]:
-        order = _shuffled(rows)
-        for begin in range(0, rows // BATCH * BATCH, BATCH):
-            yield torch.stack([read(row) for row in order[begin : begin + BATCH].tolist()])
+        for begin in range(0, len(plain) // BATCH * BATCH, BATCH):
+            yield torch.from_numpy(plain[begin : begin + BATCH].copy())
 
     return way
-
-
-def _npz(folder: Path, columns: dict[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
-    folder.mkdir()
-    rows = min(SLOW_ROWS, len(columns["moments"]))
-    for row in range(rows):
-        arrays = {name: columns[name][row].numpy() for name in ("moments", "moments_flip")}
-        np.savez(folder / f"{row}.npz", **arrays)
-    return _stacked(lambda row: torch.from_numpy(np.load(folder / f"{row}.npz")["moments"]), rows)
-
-
-def _first_reader(folder: Path, columns: dict[str, Tensor], rows: int) -> Callable[[], Iterator[Tensor]]:
-    """Random access to shards of 64 rows with the four last ones kept open, as the energy reference has it."""
-    write_table(folder, columns, shard_rows=64, num_classes=1000)
-    kept: OrderedDict[int, Any] = OrderedDict()
-
-    def read(row: int) -> Tensor:
-        shard = row // 64
-        if shard not in kept:
-            kept[shard] = torch.load(folder / f"shard_{shard:05d}.pt", mmap=True, weights_only=True)
-            while len(kept) > 4:
-                kept.popitem(last=False)
-        kept.move_to_end(shard)
-        return kept[shard]["moments"][row % 64].clone()
-
-    return _stacked(read, min(rows, SLOW_ROWS))
-
-
-def _slices(folder: Path, columns: dict[str, Tensor], rows: int) -> Callable[[], Iterator[Tensor]]:
-    """A file is opened for each sample, and a slice of each tensor taken."""
-    folder.mkdir()
-    for number, begin in enumerate(range(0, rows, 10_000)):
-        part = {name: column[begin : begin + 10_000].contiguous() for name, column in columns.items()}
-        save_file(part, folder / f"latents_rank00_shard{number:03d}.safetensors")
-
-    def read(row: int) -> Tensor:
-        path = folder / f"latents_rank00_shard{row // 10_000:03d}.safetensors"
-        opened: Any
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            place = row % 10_000
-            opened.get_slice("labels")[place : place + 1]
-            return opened.get_slice("moments")[place : place + 1][0]
-
-    return _stacked(read, min(rows, SLOW_ROWS))
-
-
-def _webdataset(folder: Path, columns: dict[str, Tensor], rows: int) -> dict[str, Callable[[], Iterator[Tensor]]]:
-    """Our tars, read by the plain package: a decoder per file and its buffer of 1,000 samples."""
-    import webdataset
-
-    write_table(folder, columns, shard_rows=1024, num_classes=1000, layout="webdataset")
-    urls = [str(path) for path in sorted(folder.glob("*.tar"))][: max(1, 2 * SLOW_ROWS // 1024)]
-
-    def way() -> Iterator[Tensor]:
-        stream = webdataset.WebDataset(urls, shardshuffle=False).shuffle(1000).decode().to_tuple("moments.npy")
-        for (batch,) in stream.batched(BATCH, partial=False):
-            yield torch.from_numpy(np.asarray(batch))
-
-    return {"peer: webdataset, the same tars by the plain package": way}
-
-
-def _litdata(folder: Path, columns: dict[str, Tensor], rows: int) -> dict[str, Callable[[], Iterator[Tensor]]]:
-    from litdata import StreamingDataset
-    from litdata.streaming import Cache
-
-    cache = Cache(str(folder), chunk_bytes="16MB")
-    for row in range(rows):
-        cache[row] = {"moments": columns["moments"][row], "moments_flip": columns["moments_flip"][row], "label": row}
-    cache.done()
-    cache.merge(1)
-    dataset = StreamingDataset(str(folder), shuffle=True)
-
-    def way() -> Iterator[Tensor]:
-        waiting: list[Tensor] = []
-        for sample in dataset:
-            waiting.append(sample["moments"])
-            if len(waiting) == BATCH:
-                yield torch.stack(waiting)
-                waiting = []
-
-    return {"peer: litdata, its own chunks and shuffle": way}
 
 
 def _cuts(folder: Path, columns: dict[str, Tensor], rows: int, rounds: int) -> Table:
@@ -284,7 +207,7 @@ def _cuts(folder: Path, columns: dict[str, Tensor], rows: int, rounds: int) -> T
     return result
 
 
-def _epoch(table: reading.Table, shuffle_shards: int) -> Callable[[], Iterator[Tensor]]:
+def _epoch(table: reading.Table, shuffle_shards: int) -> Way:
     folder = table.folder
 
     def way() -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
     .venv/bin/python tests/bench/run.py                   all of them, tables on the terminal
     .venv/bin/python tests/bench/run.py loop save         some
     .venv/bin/python tests/bench/run.py --write           also docs/benchmarks/cpu_DATE.md
+    .venv/bin/python tests/bench/run.py formats --write   also docs/benchmarks/reading_formats.md, its own page
     .venv/bin/python tests/bench/run.py --quick draws     a few seconds, to see that it works; not for keeping
 
 Run it on a machine that does nothing else: the head of the page tells how busy it was.
@@ -38,6 +39,11 @@ BENCHES = {
     "encode": "encoding",
     "evaluate": "evaluation",
 }
+# name -> page and title, where a benchmark has a page of its own
+PAGES = {
+    "formats": ("reading_formats.md", "Reading the same latents by format"),
+    "encode": ("encoding.md", "Encoding: decode, and the share of a task's time in the network"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; none: all")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it works")
-    parser.add_argument("--write", action="store_true", help="write the page cpu_DATE.md")
+    parser.add_argument("--write", action="store_true", help="write the page cpu_DATE.md, or the one benchmark's own")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "benchmarks", help="where --write writes")
     given = parser.parse_args(argv)
     unknown = sorted(set(given.names) - set(BENCHES))
@@ -64,19 +70,27 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{table.text()}", flush=True)
             sections.append(table.markdown(command))
     if given.write:
-        print(f"written: {write_page(given.folder, head, sections, given.quick)}")
+        print(f"written: {write_page(given.folder, given.names, head, sections, given.quick)}")
     return 0
 
 
-def write_page(folder: Path, head: list[tuple[str, str]], sections: list[str], quick: bool) -> Path:
-    """The page of one run: where, with what, and the tables. One page per day and machine; a later run replaces it."""
+def write_page(folder: Path, names: list[str], head: list[tuple[str, str]], sections: list[str], quick: bool) -> Path:
+    """The page of one run: where, with what, and the tables; a later run replaces it.
+
+    One benchmark that has a page of its own writes that one; any others, one page per day and machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"cpu_{head[0][1]}.md"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in head)
+    date = head[0][1]
+    name, title, made_by = f"cpu_{date}.md", f"Benchmarks, {date}", "`make bench` (`tests/bench/run.py --write`)"
+    if len(names) == 1 and names[0] in PAGES:
+        name, title = PAGES[names[0]]
+        made_by = f"`python tests/bench/run.py {names[0]} --write`"
+    rows = "\n".join(f"| {what} | {value} |" for what, value in head)
     warning = "**Made with --quick: it shows that the benchmarks run, its numbers mean nothing.**\n\n" if quick else ""
+    path = folder / name
     path.write_text(
-        f"# Benchmarks, {head[0][1]}\n\n{warning}"
-        "Made by `make bench` (`tests/bench/run.py --write`). Numbers are medians over rounds, [lowest - highest] in\n"
+        f"# {title}\n\n{warning}"
+        f"Made by {made_by}. Numbers are medians over rounds, [lowest - highest] in\n"
         "brackets; what is compared ran by turns in the same process or pair of processes.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n" + "\n".join(sections)
     )

@@ -1,0 +1,195 @@
+"""The peers of reading: the same rows as other programs store them, read as those programs read them.
+
+A sample at a time, stacked. Slow ways go through fewer rows; all numbers are per second. A peer that cannot be measured
+here is left out, counted, and said loudly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from own_environment import Conversation, UnavailableError, environment
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpc_gen.data.write import write_table
+
+Way = Callable[[], Iterator[Tensor]]  # batches of an epoch
+
+SEED = 0
+SLOW_ROWS = 2_048  # of ways that need a file or a parser per row
+STREAMING = ("mosaicml-streaming==0.13.0", f"torch=={torch.__version__.partition('+')[0]}")
+WORKER = Path(__file__).resolve().parent / "peer_streaming.py"
+
+
+@dataclass
+class Peers:
+    """`ways`: batches in this process. `asked`: seconds per row of so many batches, told by another process.
+
+    `absent`: a sentence for each peer that could not be measured.
+    """
+
+    ways: dict[str, Way] = field(default_factory=dict)
+    asked: dict[str, Callable[[int], float]] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    _talks: list[Conversation] = field(default_factory=list)
+
+    def told(self) -> str:
+        """How many are here and which are not, and why."""
+        here = len(self.ways) + len(self.asked)
+        if not self.absent:
+            return f"All {here} peers were measured."
+        return f"{here} peers were measured, {len(self.absent)} could not be: {' '.join(self.absent)}"
+
+    def close(self) -> None:
+        """End the programs of other environments."""
+        for talk in self._talks:
+            talk.close()
+
+
+def peers(folder: Path, columns: dict[str, Tensor], batch: int) -> Peers:
+    """Every peer that can be had, its files written below `folder`; `columns`: moments, moments_flip, labels."""
+    rows = len(columns["moments"])
+    found = Peers()
+    found.ways["peer: a .npz per sample (MAR, DiM)"] = _npz(folder / "npz", columns, batch)
+    found.ways["peer: ptshard of 64 rows, as its first reader reads it"] = _first_reader(
+        folder / "first", columns, batch
+    )
+    found.ways["peer: safetensors, a slice per sample (LightningDiT's reader)"] = _slices(
+        folder / "lightning", columns, batch
+    )
+    packages: dict[str, tuple[str, Callable[[Path, dict[str, Tensor], int], Way]]] = {
+        "webdataset": ("peer: webdataset, the same tars by the plain package", _webdataset),
+        "litdata": ("peer: litdata, its own chunks and shuffle", _litdata),
+    }
+    for package, (name, make) in packages.items():
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            found.absent.append(f"{package} is not installed.")
+            continue
+        found.ways[name] = make(folder / package, columns, batch)
+    try:
+        talk = _streaming(folder / "mds", columns, batch, min(rows, SLOW_ROWS))
+        found._talks.append(talk)
+        found.asked["peer: mosaicml-streaming, MDS and its shuffle, in an environment of its own"] = lambda batches: (
+            float(talk.ask(str(batches)))
+        )
+    except UnavailableError as error:
+        found.absent.append(f"{error}.")
+    for sentence in found.absent:
+        print(f"A PEER IS LEFT OUT: {sentence}", file=sys.stderr, flush=True)
+    return found
+
+
+def _stacked(read: Callable[[int], Tensor], rows: int, batch: int) -> Way:
+    """Batches of samples that are read one at a time, at random."""
+
+    def way() -> Iterator[Tensor]:
+        order = np.random.default_rng(SEED).permutation(rows)
+        for begin in range(0, rows // batch * batch, batch):
+            yield torch.stack([read(row) for row in order[begin : begin + batch].tolist()])
+
+    return way
+
+
+def _npz(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
+    folder.mkdir()
+    rows = min(SLOW_ROWS, len(columns["moments"]))
+    for row in range(rows):
+        arrays = {name: columns[name][row].numpy() for name in ("moments", "moments_flip")}
+        np.savez(folder / f"{row}.npz", **arrays)
+    return _stacked(lambda row: torch.from_numpy(np.load(folder / f"{row}.npz")["moments"]), rows, batch)
+
+
+def _first_reader(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
+    """Random access to shards of 64 rows with the four last ones kept open, as the energy reference has it."""
+    write_table(folder, columns, shard_rows=64, num_classes=1000)
+    kept: OrderedDict[int, Any] = OrderedDict()
+
+    def read(row: int) -> Tensor:
+        shard = row // 64
+        if shard not in kept:
+            kept[shard] = torch.load(folder / f"shard_{shard:05d}.pt", mmap=True, weights_only=True)
+            while len(kept) > 4:
+                kept.popitem(last=False)
+        kept.move_to_end(shard)
+        return kept[shard]["moments"][row % 64].clone()
+
+    return _stacked(read, min(len(columns["moments"]), SLOW_ROWS), batch)
+
+
+def _slices(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
+    """A file is opened for each sample, and a slice of each tensor taken."""
+    folder.mkdir()
+    rows = len(columns["moments"])
+    for number, begin in enumerate(range(0, rows, 10_000)):
+        part = {name: column[begin : begin + 10_000].contiguous() for name, column in columns.items()}
+        save_file(part, folder / f"latents_rank00_shard{number:03d}.safetensors")
+
+    def read(row: int) -> Tensor:
+        path = folder / f"latents_rank00_shard{row // 10_000:03d}.safetensors"
+        opened: Any
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            place = row % 10_000
+            opened.get_slice("labels")[place : place + 1]
+            return opened.get_slice("moments")[place : place + 1][0]
+
+    return _stacked(read, min(rows, SLOW_ROWS), batch)
+
+
+def _webdataset(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
+    """Our tars, read by the plain package: a decoder per file and its buffer of 1,000 samples."""
+    import webdataset
+
+    write_table(folder, columns, shard_rows=1024, num_classes=1000, layout="webdataset")
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))][: max(1, 2 * SLOW_ROWS // 1024)]
+
+    def way() -> Iterator[Tensor]:
+        stream = webdataset.WebDataset(urls, shardshuffle=False).shuffle(1000).decode().to_tuple("moments.npy")
+        for (found,) in stream.batched(batch, partial=False):
+            yield torch.from_numpy(np.asarray(found))
+
+    return way
+
+
+def _litdata(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
+    from litdata import StreamingDataset
+    from litdata.streaming import Cache
+
+    cache = Cache(str(folder), chunk_bytes="16MB")
+    for row in range(len(columns["moments"])):
+        cache[row] = {"moments": columns["moments"][row], "moments_flip": columns["moments_flip"][row], "label": row}
+    cache.done()
+    cache.merge(1)
+    dataset = StreamingDataset(str(folder), shuffle=True)
+
+    def way() -> Iterator[Tensor]:
+        waiting: list[Tensor] = []
+        for sample in dataset:
+            waiting.append(sample["moments"])
+            if len(waiting) == batch:
+                yield torch.stack(waiting)
+                waiting = []
+
+    return way
+
+
+def _streaming(folder: Path, columns: dict[str, Tensor], batch: int, rows: int) -> Conversation:
+    """A process of its own environment that has written the first rows as MDS and waits to be asked for batches."""
+    python = environment("streaming", STREAMING)
+    folder.mkdir()
+    np.save(
+        folder / "rows.npy", torch.stack([columns["moments"][:rows], columns["moments_flip"][:rows]], dim=1).numpy()
+    )
+    command = [str(python), str(WORKER), str(folder / "rows.npy"), str(folder / "shards"), str(batch)]
+    return Conversation("mosaicml-streaming", command, folder / "log")
