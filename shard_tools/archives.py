@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.data.archive_ends import bytes_after_zip, first_byte_after_tar
+from hpc_gen.runtime.errors import DataError, UserError, reason
 from shard_tools.split import IMAGE_SUFFIXES, SPLIT_NAMES, TRAIN, Source, Split
 
 LISTING = "dataset.json"  # of an EDM zip: {"labels": [[name, number], ...]} or {"labels": null}
@@ -73,10 +74,16 @@ def _check_end(path: Path, end: int) -> None:
     with path.open("rb") as stream:
         stream.seek(end)
         block = stream.read(tarfile.BLOCKSIZE)
+        more = first_byte_after_tar(stream, end)
     if len(block) < tarfile.BLOCKSIZE:
         raise DataError(f"{path} has no end mark; it is cut short: fetch it again")
     if block.strip(b"\0"):
         raise DataError(f"{path} is damaged at byte {end:,}, where a header should stand; fetch it again")
+    if more is not None:
+        raise DataError(
+            f"{path} has its end mark at byte {end:,} and more at byte {more:,}: of tars put together only the first "
+            "would be read; give them as separate files"
+        )
 
 
 def open_tar(path: Path, background: Sequence[int]) -> Source:
@@ -187,10 +194,14 @@ def open_edm_zip(path: Path, background: Sequence[int]) -> Source:
         path = zips[0]
     try:
         archive = zipfile.ZipFile(path)
+        with path.open("rb") as stream:
+            more = bytes_after_zip(stream)
         listing = json.loads(archive.read(LISTING)) if LISTING in archive.namelist() else {"labels": None}
         entries = sorted((info for info in archive.infolist() if _is_image(info.filename)), key=lambda i: i.filename)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path} cannot be read as a data set zip ({error}); make it again") from error
+    except Exception as error:  # zipfile, zlib and json raise a dozen kinds for damaged files
+        raise DataError(f"{path} cannot be read as a data set zip ({reason(error)}); make it again") from error
+    if more:
+        raise DataError(f"{path} has {more:,} bytes after the end of the zip; make it again")
     if not entries:
         raise DataError(f"{path} holds no images; make it again")
     names = [info.filename for info in entries]
@@ -231,7 +242,7 @@ def _zip_reader(archive: zipfile.ZipFile, path: Path, names: list[str]) -> Calla
             with lock:
                 mine = opened.get(os.getpid()) or opened.setdefault(os.getpid(), zipfile.ZipFile(path))
                 return mine.read(names[i])
-        except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
-            raise DataError(f"{path}: {names[i]} cannot be read ({error})") from error
+        except Exception as error:  # zipfile and zlib raise a dozen kinds for damaged files
+            raise DataError(f"{path}: {names[i]} cannot be read ({reason(error)})") from error
 
     return read

@@ -197,6 +197,7 @@ def _write_unit(source: Rows, output: Output, unit: int, names: list[str], wish:
     """Commit one shard: its facts, then its files."""
     items = output.items(unit)
     columns = {name: _as_wished(column, wish) for name, column in source.read(np.array(items), names).items()}
+    _refuse_not_finite(columns, items)
     with _staging(output.folder) as staging:
         infos = output.write(staging, unit, columns, items)
         facts = with_shards(make_facts(output.recipe, columns, []), infos)
@@ -206,6 +207,18 @@ def _write_unit(source: Rows, output: Output, unit: int, names: list[str], wish:
             commit.make_folder((output.folder / file).parent)
             commit.commit_file(staging / file, output.folder / file)
     return facts
+
+
+def _refuse_not_finite(columns: Mapping[str, Tensor], items: Sequence[int]) -> None:
+    """Raise DataError for the first row that holds NaN or infinity, which no training would survive."""
+    for name, column in columns.items():
+        if column.is_floating_point() and not bool(torch.isfinite(column).all()):
+            finite = torch.isfinite(column.reshape(len(column), -1)).all(dim=1)
+            row = items[int(finite.logical_not().nonzero()[0])]
+            raise DataError(
+                f"row {row:,} has values in column {name!r} that are not finite; "
+                "repair the source, or if float16 is too narrow for them leave out --half"
+            )
 
 
 def _as_wished(column: Tensor, wish: Wish) -> Tensor:

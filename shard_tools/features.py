@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_gen.data.archive_ends import bytes_after_zip
 from hpc_gen.data.index import LABELS, ColumnInfo, ShardInfo, TableIndex
 from hpc_gen.data.mapped import Int64Array
 from hpc_gen.data.ptshard import dtype_name
 from hpc_gen.data.row_names import Name
-from hpc_gen.runtime.errors import DataError
+from hpc_gen.runtime.errors import DataError, reason
 from hpc_gen.runtime.pickle_values import Inert, PickleMachine
 
 ENDINGS = (".npy.npz", ".npy")  # of DiM, of U-ViT
@@ -118,7 +119,9 @@ class FeatureFiles:
         try:
             z, label = _dim_file(data) if self.ending == ".npy.npz" else _uvit_file(data)
         except Exception as error:  # zip, numpy and the pickle machine raise a dozen kinds for damaged files
-            raise DataError(f"{path} cannot be read as features ({error}); extract it again") from error
+            raise DataError(f"{path} cannot be read as features ({reason(error)}); extract it again") from error
+        if label is not None and label < 0:
+            raise DataError(f"{path} has the label {label}; class numbers begin at 0: extract it again")
         expected = self.index.columns.get("moments")
         if expected is not None and z.shape != expected.shape:
             raise DataError(
@@ -128,6 +131,9 @@ class FeatureFiles:
 
 
 def _dim_file(data: bytes) -> tuple[Array, int | None]:
+    more = bytes_after_zip(io.BytesIO(data))
+    if more:
+        raise DataError(f"{more:,} bytes follow the end of the archive")
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return np.ascontiguousarray(archive["z"]), int(archive["label"])
 
@@ -140,12 +146,21 @@ def _uvit_file(data: bytes) -> tuple[Array, int | None]:
     shape, _, dtype = header(stream)
     if not dtype.hasobject:
         stream.seek(0)
-        return np.ascontiguousarray(np.lib.format.read_array(stream, allow_pickle=False)), None
+        array = np.ascontiguousarray(np.lib.format.read_array(stream, allow_pickle=False))
+        _at_the_end(stream)
+        return array, None
     value = PickleMachine(Inert, _no_persistent).run(stream)
+    _at_the_end(stream)
     cells = _cells(value)
     if shape != (2,) or not isinstance(cells, list) or len(cells) != 2:
         raise DataError(f"it holds objects of shape {shape}, not (moments, label)")
     return _array(cells[0]), _number(cells[1])
+
+
+def _at_the_end(stream: io.BytesIO) -> None:
+    more = len(stream.read())
+    if more:
+        raise DataError(f"{more:,} bytes follow the end of the array")
 
 
 def _no_persistent(value: Any) -> Any:

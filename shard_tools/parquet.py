@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.errors import DataError, UserError, reason
 from shard_tools.split import SPLIT_NAMES, TRAIN, VALIDATION, Source, Split
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes")
@@ -72,9 +72,9 @@ class _RowGroups:
         try:
             with _pyarrow().ParquetFile(group.path) as file:
                 table = file.read_row_group(group.number, columns=[self._column])
-        except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+        except Exception as error:  # pyarrow raises OSError, ValueError, NotImplementedError and KeyError kinds
             where = f"{group.path}, row group {group.number}"
-            raise DataError(f"{where} cannot be read ({error}); fetch it again") from error
+            raise DataError(f"{where} cannot be read ({reason(error)}); fetch it again") from error
         found: list[Any] = table.column(0).to_pylist()
         return found
 
@@ -138,8 +138,10 @@ def _open_file(file: Path) -> tuple[tuple[str, str | None], tuple[str, ...], lis
             rows = [opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups)]
             numbers = opened.read(columns=[label]).column(0).to_pylist() if label is not None else [0] * sum(rows)
             told = (opened.schema_arrow.metadata or {}).get(b"huggingface")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({error}); fetch it again") from error
+    except (DataError, UserError):
+        raise
+    except Exception as error:  # pyarrow raises OSError, ValueError, NotImplementedError and KeyError kinds
+        raise DataError(f"{file} cannot be read as Parquet ({reason(error)}); fetch it again") from error
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise DataError(f"{file}, column {label!r} holds values that are no class numbers; fetch it again")
     groups = [_Group(file, number, count) for number, count in enumerate(rows)]

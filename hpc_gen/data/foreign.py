@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hpc_gen.data.archive_ends import bytes_after_zip
 from hpc_gen.data.index import FACTS_FOLDER, LABELS, ColumnInfo, Layout, ShardInfo, TableIndex, why_no_index
 from hpc_gen.data.ptshard import columns_of, num_rows
 from hpc_gen.data.row_files import ROW_LAYOUTS, open_row
 from hpc_gen.data.shard_files import SUFFIXES, fingerprint, open_columns
-from hpc_gen.runtime.errors import DataError
+from hpc_gen.runtime.errors import DataError, reason
 
 LABEL_COLUMN = ColumnInfo("int64", ())
 NEEDED = {"moments", "latents"}  # without them a folder of shards is one of ours that lost its index
+NUMBERED = re.compile(r"(.*?)(\d+)(\D*)")  # what stands before the last number of a name, the number, the rest
 READERS = 16  # threads that read headers: on a shared file system each waits for the network
 
 
@@ -60,6 +63,7 @@ def survey(folder: Path) -> TableIndex:
 
 
 def _survey_shards(folder: Path, layout: Layout, files: list[str]) -> TableIndex:
+    _no_gap(folder, files)
     first = open_columns(layout, folder / files[0])
     columns = columns_of(first)
     if layout != "webdataset" and not NEEDED & set(columns):
@@ -99,6 +103,30 @@ def _survey_rows(folder: Path, layout: Layout, files: list[str]) -> TableIndex:
     return TableIndex({**columns, LABELS: LABEL_COLUMN}, shards, len(names), names, layout=layout)
 
 
+def _no_gap(folder: Path, files: Iterable[str]) -> None:
+    """Raise DataError when one of many numbered shards is not there: nothing else would tell that its rows are missing.
+
+    Each name up to its last number counts by itself: LightningDiT's ranks write latents_rankRR_shardNNN. Numbers that
+    begin with 0 or 1 and are there for the most part are those of shards; others (years, synsets) are names. What is
+    behind the last shard that is there cannot be known.
+    """
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for file in files:
+        found = NUMBERED.fullmatch(file)
+        if found is not None:
+            groups.setdefault((found[1], found[3]), {})[int(found[2])] = file
+    for present in groups.values():
+        first, last = min(present), max(present)
+        if first > 1 or 2 * len(present) <= last - first + 1:
+            continue
+        gap = next((number for number in range(first, last) if number not in present), None)
+        if gap is not None:
+            raise DataError(
+                f"{folder} has shards from {present[first]} to {present[last]}, but none with the number {gap}; "
+                "restore it, or if it was left out on purpose, number the others anew"
+            )
+
+
 def _same_columns(path: Path, found: Iterable[str], columns: Iterable[str], first: str) -> None:
     if sorted(found) != sorted(columns):
         raise DataError(
@@ -110,12 +138,17 @@ def _directory(path: Path, name: str) -> tuple[int, str, list[tuple[str, int]]]:
     """(bytes, hash of name and zip directory, members as (name, bytes) without the archive's own name) of a file."""
     try:
         size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            more = bytes_after_zip(stream)
+    except Exception as error:  # zipfile raises a dozen kinds for damaged files
         raise DataError(
-            f"shard {path} is not a whole archive ({error}); restore it or encode the table again"
+            f"shard {path} is not a whole archive ({reason(error)}); restore it or encode the table again"
         ) from error
+    if more:
+        raise DataError(
+            f"shard {path} has {more:,} bytes after the end of its archive; restore it or encode the table again"
+        )
     lines = [f"{member.filename} {member.file_size} {member.CRC:08x}" for member in members]
     digest = hashlib.sha256("\n".join([f"{name} {size}", *lines]).encode()).hexdigest()
     # torch puts all members below the file's first name ("NAME/data/0"), numpy below nothing ("moments.npy")
@@ -133,5 +166,5 @@ def damaged_member(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        return str(error)
+    except Exception as error:  # zipfile and zlib raise a dozen kinds for damaged files, EOFError among them
+        return reason(error)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpc_gen.data.index import ColumnInfo
 from hpc_gen.runtime import commit
-from hpc_gen.runtime.errors import DataError
+from hpc_gen.runtime.errors import DataError, reason
 
 
 class ByteSink(Protocol):
@@ -130,8 +130,7 @@ def check_size(path: Path, num_bytes: int | None, says: str = "the index says") 
 
 def unreadable(path: Path, error: Exception) -> DataError:
     """What to raise for a file that a library could not read."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"shard {path} cannot be read ({reason}); restore it or encode the table again")
+    return DataError(f"shard {path} cannot be read ({reason(error)}); restore it or encode the table again")
 
 
 def check_columns(path: Path, shard: Mapping[str, Tensor], columns: Mapping[str, ColumnInfo], says: str) -> None:

@@ -8,6 +8,7 @@ table's class names. Nothing is unpickled but tensors: torch.load with weights_o
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class RowReader:
         try:
             data = path.read_bytes()
             members, starts = _members(data)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        except Exception:  # zipfile raises a dozen kinds for damaged files, and for compressed ones
             return None
         if members != packing.members:
             return None
@@ -123,8 +124,11 @@ class RowReader:
             start, end = starts[member], starts[member] + members[member][1]
             if data[start : start + len(before)] != before:
                 return None
-            tensor = torch.frombuffer(bytearray(data[start + len(before) : end]), dtype=self._dtype(name))
-            row[name] = tensor.reshape(1, *self._columns[name].shape)
+            held = bytearray(data[start + len(before) : end])
+            shape, dtype = self._columns[name].shape, self._dtype(name)
+            if len(held) != math.prod(shape) * dtype.itemsize:  # the archive's directory points elsewhere
+                return None
+            row[name] = torch.frombuffer(held, dtype=dtype).reshape(1, *shape)
         return row
 
     def _packing_of(self, path: Path, row: Mapping[str, Tensor]) -> _Packing | None:
@@ -132,7 +136,7 @@ class RowReader:
         data = path.read_bytes()
         try:
             members, starts = _members(data)
-        except ValueError:
+        except Exception:  # torch reads archives that zipfile does not
             return None
         places = {name: place for place, (name, _, _) in enumerate(members)}
         columns: dict[str, tuple[int, bytes]] = {}

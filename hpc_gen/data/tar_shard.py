@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_gen.data.archive_ends import first_byte_after_tar
 from hpc_gen.data.index import LABELS
 from hpc_gen.runtime.errors import DataError, UserError
 
@@ -194,6 +195,12 @@ def _walked(path: Path, size: int) -> dict[str, Tensor]:
         stream.seek(end)
         if not members or stream.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
             raise DataError(f"shard {path} has no end mark at byte {end:,}; restore it or convert it again")
+        more = first_byte_after_tar(stream, end)
+        if more is not None:
+            raise DataError(
+                f"shard {path} has its end mark at byte {end:,} and more at byte {more:,}; restore it or convert it "
+                "again"
+            )
         samples: dict[str, dict[str, _Member]] = {}
         for member in members:
             samples.setdefault(member.key, {})[member.kind] = member

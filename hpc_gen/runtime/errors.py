@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from hpc_gen.runtime.stop import Stop
 
 
+LONGEST_REASON = 300  # characters of a library's text within a sentence of ours
+
+
 class ExitCode(IntEnum):
     """Exit codes of every hpc-gen process; batch scripts decide by them."""
 
@@ -94,6 +97,13 @@ class StopRequested(HpcGenError):
         super().__init__(f"stop requested: {stop.detail}")
         self.stop = stop
         self.exit_code = ExitCode(stop.exit_code)
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of a failure as a part of a sentence: its first line, cut to 300 characters, or its kind."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(".: ") if lines else ""
+    return (text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ...") or type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tomllib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from own_environment import Conversation, UnavailableError, environment
+from own_environment import ROOT, Conversation, UnavailableError, environment
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,8 +28,11 @@ Way = Callable[[], Iterator[Tensor]]  # batches of an epoch
 
 SEED = 0
 SLOW_ROWS = 2_048  # of ways that need a file or a parser per row
-STREAMING = ("mosaicml-streaming==0.13.0", f"torch=={torch.__version__.partition('+')[0]}")
-WORKER = Path(__file__).resolve().parent / "peer_streaming.py"
+WORKER = Path(__file__).resolve().parent / "peer_worker.py"
+WORKERS = {  # package -> name of its row; each in the environment of [tool.hpc-gen] in pyproject.toml
+    "litdata": "peer: litdata, its own chunks and shuffle",
+    "streaming": "peer: mosaicml-streaming, MDS and its own shuffle",
+}
 
 
 @dataclass
@@ -58,7 +62,6 @@ class Peers:
 
 def peers(folder: Path, columns: dict[str, Tensor], batch: int) -> Peers:
     """Every peer that can be had, its files written below `folder`; `columns`: moments, moments_flip, labels."""
-    rows = len(columns["moments"])
     found = Peers()
     found.ways["peer: a .npz per sample (MAR, DiM)"] = _npz(folder / "npz", columns, batch)
     found.ways["peer: ptshard of 64 rows, as its first reader reads it"] = _first_reader(
@@ -67,25 +70,20 @@ def peers(folder: Path, columns: dict[str, Tensor], batch: int) -> Peers:
     found.ways["peer: safetensors, a slice per sample (LightningDiT's reader)"] = _slices(
         folder / "lightning", columns, batch
     )
-    packages: dict[str, tuple[str, Callable[[Path, dict[str, Tensor], int], Way]]] = {
-        "webdataset": ("peer: webdataset, the same tars by the plain package", _webdataset),
-        "litdata": ("peer: litdata, its own chunks and shuffle", _litdata),
-    }
-    for package, (name, make) in packages.items():
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            found.absent.append(f"{package} is not installed.")
-            continue
-        found.ways[name] = make(folder / package, columns, batch)
     try:
-        talk = _streaming(folder / "mds", columns, batch, min(rows, SLOW_ROWS))
-        found._talks.append(talk)
-        found.asked["peer: mosaicml-streaming, MDS and its shuffle, in an environment of its own"] = lambda batches: (
-            float(talk.ask(str(batches)))
+        importlib.import_module("webdataset")
+        found.ways["peer: webdataset, the same tars by the plain package"] = _webdataset(
+            folder / "tars", columns, batch
         )
-    except UnavailableError as error:
-        found.absent.append(f"{error}.")
+    except ImportError:
+        found.absent.append("webdataset is not installed.")
+    for package, name in WORKERS.items():
+        try:
+            talk = _elsewhere(package, folder / package, columns, batch)
+            found._talks.append(talk)
+            found.asked[name] = lambda batches, talk=talk: float(talk.ask(str(batches)))  # type: ignore[misc]
+        except UnavailableError as error:
+            found.absent.append(f"{error}.")
     for sentence in found.absent:
         print(f"A PEER IS LEFT OUT: {sentence}", file=sys.stderr, flush=True)
     return found
@@ -162,34 +160,20 @@ def _webdataset(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
     return way
 
 
-def _litdata(folder: Path, columns: dict[str, Tensor], batch: int) -> Way:
-    from litdata import StreamingDataset
-    from litdata.streaming import Cache
-
-    cache = Cache(str(folder), chunk_bytes="16MB")
-    for row in range(len(columns["moments"])):
-        cache[row] = {"moments": columns["moments"][row], "moments_flip": columns["moments_flip"][row], "label": row}
-    cache.done()
-    cache.merge(1)
-    dataset = StreamingDataset(str(folder), shuffle=True)
-
-    def way() -> Iterator[Tensor]:
-        waiting: list[Tensor] = []
-        for sample in dataset:
-            waiting.append(sample["moments"])
-            if len(waiting) == batch:
-                yield torch.stack(waiting)
-                waiting = []
-
-    return way
+def _pins() -> list[str]:
+    """What the environment of peers holds: torch as ours, and the packages whose pins do not fit ours."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (torch_pin,) = [line for line in project["project"]["dependencies"] if line.startswith("torch==")]
+    return [torch_pin, *project["tool"]["hpc-gen"]["peers"]]
 
 
-def _streaming(folder: Path, columns: dict[str, Tensor], batch: int, rows: int) -> Conversation:
-    """A process of its own environment that has written the first rows as MDS and waits to be asked for batches."""
-    python = environment("streaming", STREAMING)
+def _elsewhere(package: str, folder: Path, columns: dict[str, Tensor], batch: int) -> Conversation:
+    """A process in an environment of its own that has written the first rows its way and waits to be asked for batches."""
+    python = environment("reading", _pins())
     folder.mkdir()
+    rows = min(SLOW_ROWS, len(columns["moments"]))
     np.save(
         folder / "rows.npy", torch.stack([columns["moments"][:rows], columns["moments_flip"][:rows]], dim=1).numpy()
     )
-    command = [str(python), str(WORKER), str(folder / "rows.npy"), str(folder / "shards"), str(batch)]
-    return Conversation("mosaicml-streaming", command, folder / "log")
+    command = [str(python), str(WORKER), package, str(folder / "rows.npy"), str(folder / "shards"), str(batch)]
+    return Conversation(package, command, folder / "log")

@@ -145,7 +145,14 @@ def test_the_worker_writes_the_rows_checks_what_it_reads_and_tells_seconds(
     (tmp_path / "streaming.py").write_text(STREAMING.replace("DAMAGE", str(damage)))
     rows = np.random.default_rng(0).standard_normal((20, 2, 2, 3)).astype(np.float16)
     np.save(tmp_path / "rows.npy", rows)
-    command = [sys.executable, str(BENCH / "peer_streaming.py"), str(tmp_path / "rows.npy"), str(tmp_path / "mds"), "8"]
+    command = [
+        sys.executable,
+        str(BENCH / "peer_worker.py"),
+        "streaming",
+        str(tmp_path / "rows.npy"),
+        str(tmp_path / "mds"),
+        "8",
+    ]
     environment = dict(os.environ, PYTHONPATH=str(tmp_path))
     done = subprocess.run(command, input="1\n3\n", capture_output=True, text=True, timeout=100, env=environment)
     if damage:

@@ -30,6 +30,14 @@ def test_every_dependency_is_pinned_exactly_and_has_its_reason(line: str) -> Non
         assert inner is not None and set(inner[1].split(",")) <= set(EXTRAS)
 
 
+@pytest.mark.parametrize("line", PYPROJECT["tool"]["hpc-gen"]["peers"])
+def test_peers_in_an_environment_of_their_own_are_pinned_and_nothing_of_ours(line: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line)
+    assert Requirement(line).name not in VERSIONS
+    (stands,) = [text for text in (REPOSITORY / "pyproject.toml").read_text().splitlines() if f'"{line}"' in text]
+    assert re.search(r"#\s\S+ ?\S+", stands.split(line)[1]), f"{line} has no reason beside it"
+
+
 def test_no_package_has_two_versions() -> None:
     names = [Requirement(line).name for line in ALL if not line.startswith("hpc-gen[")]
     assert len(names) == len(set(names))
@@ -38,7 +46,6 @@ def test_no_package_has_two_versions() -> None:
 def test_extras_are_those_that_were_promised() -> None:
     promised = {
         "demo",
-        "bench",
         "tracking",
         "webdataset",
         "dali",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpc_gen.runtime import errors
-from hpc_gen.runtime.errors import ExitCode, StopRequested, nearest
+from hpc_gen.runtime.errors import ExitCode, StopRequested, nearest, reason
 from hpc_gen.runtime.stop import Cause, Stop
 
 
@@ -45,6 +45,12 @@ def test_a_stop_carries_its_code() -> None:
     assert (error.exit_code, str(error)) == (87, "stop requested: file STOP")
     assert StopRequested(Stop(Cause.TIME_LIMIT, "time limit")).exit_code == 85
     assert StopRequested.exit_code == ExitCode.BUG  # the class is untouched by its instances
+
+
+def test_the_reason_of_a_library_is_one_short_line() -> None:
+    assert reason(OSError(2, "No such file or directory")) == "[Errno 2] No such file or directory"
+    assert reason(ValueError("first line.\nsecond")) == "first line" and reason(EOFError()) == "EOFError"
+    assert reason(ValueError("x" * 999)) == "x" * 300 + " ..."
 
 
 def test_nearest_names_one_or_none() -> None:
