@@ -9,6 +9,7 @@ Pillow, so a bad image is refused by the same sentence everywhere.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
 
@@ -16,12 +17,13 @@ import numpy as np
 from PIL import Image
 
 from hpc_gen.data.images import WHITE, decode_image
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.errors import DataError, UserError, reason
 
 DecoderName = Literal["pillow", "dali", "dali_gpu"]
 DECODERS: tuple[DecoderName, ...] = get_args(DecoderName)
 JPEG = b"\xff\xd8"
 DIRECT_MODES = ("RGB", "L")
+GPU_FAILED = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation failed|out of memory|NVML")  # texts of DALI
 
 
 class ImageDecoder(Protocol):
@@ -88,8 +90,12 @@ class DaliDecoder:
             return []
         try:
             return list(self._run(encoded))
-        except RuntimeError:
+        except RuntimeError as error:
             self._pipeline = None  # not usable after an error; building one takes milliseconds
+            if self._device_id is not None and GPU_FAILED.search(str(error)):  # not the image's fault: Pillow's pixels
+                raise UserError(  # in its place would depend on how full a GPU was
+                    f"DALI failed on GPU {self._device_id} ({reason(error)}); start again, or set encode.decode=dali"
+                ) from error
             return [None] if len(encoded) == 1 else [self._decode_all([data])[0] for data in encoded]
 
     def _run(self, encoded: list[bytes]) -> list[Image.Image]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hpc_gen.data import decode
@@ -68,6 +70,83 @@ def test_a_bad_image_costs_no_other_one(dali: decode.ImageDecoder) -> None:
     assert [str(each) for each in found[1:5]] == [str(each) for each in said]
     assert "not a readable image" in str(found[1])
     assert len(pixels(dali.decode([good] * 9))) == 9  # the pipeline is built anew, also for more at once
+
+
+class FakeGpu:
+    """nvidia.dali with a GPU, as far as decode.py knows it; what it is asked for is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.built: list[dict] = []
+        self.decoded: list[dict] = []
+        self.error: str | None = None
+        fn = SimpleNamespace(
+            external_source=lambda source, batch: source,
+            decoders=SimpleNamespace(image=lambda source, **options: self.decoded.append(options) or source),
+        )
+        dali = ModuleType("nvidia.dali")
+        dali.Pipeline = lambda **options: FakePipeline(self, options)  # type: ignore[attr-defined]
+        dali.fn, dali.types = fn, SimpleNamespace(RGB="RGB")  # type: ignore[attr-defined]
+        parent = ModuleType("nvidia")
+        parent.dali = dali  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "nvidia", parent)
+        monkeypatch.setitem(sys.modules, "nvidia.dali", dali)
+
+
+class FakePipeline:
+    def __init__(self, gpu: FakeGpu, options: dict) -> None:
+        self.gpu, self.max_batch_size = gpu, options["batch_size"]
+        gpu.built.append(options)
+
+    def __enter__(self) -> FakePipeline:
+        return self
+
+    def __exit__(self, *told: object) -> None:
+        pass
+
+    def set_outputs(self, source: object) -> None:
+        self.source = source
+
+    def build(self) -> None:
+        pass
+
+    def run(self) -> tuple[SimpleNamespace]:
+        if self.gpu.error is not None:
+            raise RuntimeError(self.gpu.error)
+        # other levels than Pillow's, so that it shows whose pixels they are
+        found = [np.full((2, 3, 3), len(data) % 251, np.uint8) for data in self.source()]
+        return (SimpleNamespace(as_cpu=lambda: found),)
+
+
+def test_the_gpu_path_decodes_on_the_device_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    jpeg, png = encoded(photograph(100, 75)), encoded(Image.new("RGB", (9, 9), (1, 2, 3)), "PNG")
+    found = pixels(decode.build("dali_gpu", threads=3, device_id=1).decode([jpeg, png]))
+    assert (found[0] == len(jpeg) % 251).all() and found[1][0, 0].tolist() == [1, 2, 3]  # a PNG is Pillow's
+    assert [(options["device_id"], options["num_threads"]) for options in gpu.built] == [(1, 3)]
+    assert [options["device"] for options in gpu.decoded] == ["mixed"] and not gpu.decoded[0]["adjust_orientation"]
+
+
+def test_an_image_that_the_gpu_cannot_read_is_pillows_but_a_gpu_that_fails_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    jpeg = encoded(photograph(100, 75))
+    gpu.error = "Error in decoders.image: unsupported JPEG process"
+    by_pillow = pixels(decode.build("pillow").decode([jpeg]))[0]
+    assert np.array_equal(pixels(decode.build("dali_gpu").decode([jpeg, jpeg]))[0], by_pillow)
+    gpu.error = "CUDA allocation failed: out of memory\nmore"
+    with pytest.raises(
+        UserError, match=r"^DALI failed on GPU 0 \(CUDA allocation failed: out of memory\); start again"
+    ):
+        decode.build("dali_gpu").decode([jpeg])
+
+
+def test_the_gpu_path_is_refused_where_there_is_no_gpu() -> None:
+    pytest.importorskip("nvidia.dali", reason="the package DALI is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"^DALI cannot start \(.*CUDA is not available.*\); set encode.decode=pillow"):
+        decode.build("dali_gpu").decode([encoded(photograph(100, 75))])
 
 
 def test_without_the_package_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
