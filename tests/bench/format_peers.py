@@ -37,13 +37,14 @@ WORKERS = {  # package -> name of its row; each in the environment of [tool.hpc-
 
 @dataclass
 class Peers:
-    """`ways`: batches in this process. `asked`: seconds per row of so many batches, told by another process.
+    """`ways`: batches in this process. `asked`: seconds per row of so many batches, by the clock
+    and of the processor, told by another process.
 
     `absent`: a sentence for each peer that could not be measured.
     """
 
     ways: dict[str, Way] = field(default_factory=dict)
-    asked: dict[str, Callable[[int], float]] = field(default_factory=dict)
+    asked: dict[str, Callable[[int], tuple[float, float]]] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     _talks: list[Conversation] = field(default_factory=list)
 
@@ -81,12 +82,17 @@ def peers(folder: Path, columns: dict[str, Tensor], batch: int) -> Peers:
         try:
             talk = _elsewhere(package, folder / package, columns, batch)
             found._talks.append(talk)
-            found.asked[name] = lambda batches, talk=talk: float(talk.ask(str(batches)))  # type: ignore[misc]
+            found.asked[name] = lambda batches, talk=talk: _seconds(talk, batches)  # type: ignore[misc]
         except UnavailableError as error:
             found.absent.append(f"{error}.")
     for sentence in found.absent:
         print(f"A PEER IS LEFT OUT: {sentence}", file=sys.stderr, flush=True)
     return found
+
+
+def _seconds(talk: Conversation, batches: int) -> tuple[float, float]:
+    wall, processor = talk.ask(str(batches)).split()
+    return float(wall), float(processor)
 
 
 def _stacked(read: Callable[[int], Tensor], rows: int, batch: int) -> Way:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from format_peers import SEED, Way, peers
-from measure import Table, by_turns
+from measure import Spread, Table, by_turns
 from PIL import Image
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def _formats(folder: Path, columns: dict[str, Tensor], rows: int, rounds: int) -
     others = peers(folder, columns, BATCH)
     try:
         actions |= {name: _in_pieces(way, SLOW_PIECE) for name, way in others.ways.items()}
-        actions |= {name: (lambda ask=ask: ask(SLOW_PIECE)) for name, ask in others.asked.items()}
+        actions |= {name: _Turns(lambda ask=ask: ask(SLOW_PIECE)) for name, ask in others.asked.items()}  # type: ignore[misc]
         found = by_turns(actions, 8 * rounds)
     finally:
         others.close()
@@ -77,13 +77,23 @@ def _formats(folder: Path, columns: dict[str, Tensor], rows: int, rounds: int) -
         "Reading the same latents by format",
         f"{rows:,} rows of 16 KiB (latent and flip, float16), 8 KiB delivered, batch {BATCH}; ours in training order from "
         f"shards of 1024 rows; {8 * rounds} rounds of {PIECE} batches ({SLOW_PIECE} of peers) by turns, a batch before "
-        f"each turn not counted, page cache warm, one thread, no workers, every batch in memory of its own. {others.told()}",
-        ("way", "samples/s", "times memcpy of the same bytes", "times memcpy front to back", "ours (ptshard) over it"),
+        f"each turn not counted, page cache warm, one thread, no workers, every batch in memory of its own. Ratios are "
+        "of processor time, the threads of a process included: they hold on a machine that does other things, too, where the "
+        f"clock's samples/s do not. {others.told()}",
+        (
+            "way",
+            "samples/s by the clock",
+            "samples per second of processor time",
+            "times memcpy of the same bytes",
+            "times memcpy front to back",
+            "ours (ptshard) over it",
+        ),
     )
     first = next(iter(ways))
     for name in actions:
         ratios = [found[other].over(found[name]).show("{:.3f}") for other in (SAME_ROWS, STRAIGHT)]
-        result.add(name, found[name].per(1.0).show("{:,.0f}"), *ratios, found[name].over(found[first]).show("{:,.2f}"))
+        rates = [seconds.per(1.0).show("{:,.0f}") for seconds in (actions[name].walls, found[name])]
+        result.add(name, *rates, *ratios, found[name].over(found[first]).show("{:,.2f}"))
     return result
 
 
@@ -92,8 +102,8 @@ def _sizes(folder: Path, column_mib: int, rounds: int) -> Table:
     result = Table(
         "Reading by the size of a row",
         f"ptshard in training order beside memcpy, {column_mib} MiB of each size, batches of {BATCH}; {16 * rounds} rounds "
-        f"of {PIECE} batches by turns, a batch before each turn not counted. Seconds are those of the thread on the "
-        "processor, so that other programs count less.",
+        f"of {PIECE} batches by turns, a batch before each turn not counted. By processor time, so that "
+        "other programs count less.",
         ("rows of", "ours, GB/s", "times memcpy of the same bytes", "times memcpy front to back"),
     )
     for kib in ROW_KIB:
@@ -106,25 +116,44 @@ def _sizes(folder: Path, column_mib: int, rounds: int) -> Table:
             SAME_ROWS: _from_memory(place, moments),
             STRAIGHT: _front_to_back(moments),
         }
-        found = by_turns({name: _in_pieces(way, PIECE, time.thread_time) for name, way in ways.items()}, 16 * rounds)
+        found = by_turns({name: _in_pieces(way, PIECE) for name, way in ways.items()}, 16 * rounds)
         ratios = [found[other].over(found["ours"]).show("{:.3f}") for other in (SAME_ROWS, STRAIGHT)]
         result.add(f"{kib} KiB", found["ours"].per(kib * 1024 / 1e9).show("{:.1f}"), *ratios)
         shutil.rmtree(place)
     return result
 
 
-def _in_pieces(way: Way, batches: int, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
-    """Seconds per row of the next so many batches, over and over: short turns, so that all see the same machine."""
+class _Turns:
+    """An action that tells the processor's seconds per row of a turn, and keeps those by the clock."""
+
+    def __init__(self, turn: Callable[[], tuple[float, float]]) -> None:
+        """`turn`: seconds per row of one turn, by the clock and of the process with all its threads."""
+        self._turn = turn
+        self._walls: list[float] = []
+
+    def __call__(self) -> float:
+        wall, processor = self._turn()
+        self._walls.append(wall)
+        return processor
+
+    @property
+    def walls(self) -> Spread:
+        """Seconds per row by the clock; the first turn was to warm up."""
+        return Spread.of(self._walls[1:])
+
+
+def _in_pieces(way: Way, batches: int) -> _Turns:
+    """The next so many batches, over and over: short turns, so that all see the same machine."""
     going = _endless(way)
     next(going)  # what is opened and filled once
 
-    def action() -> float:
+    def turn() -> tuple[float, float]:
         next(going)  # the code and the memory for batches, which other ways have pushed out of the caches
-        begun = clock()
+        wall, processor = time.perf_counter(), time.process_time()
         rows = sum(len(next(going)) for _ in range(batches))
-        return (clock() - begun) / rows
+        return (time.perf_counter() - wall) / rows, (time.process_time() - processor) / rows
 
-    return action
+    return _Turns(turn)
 
 
 def _endless(way: Way) -> Iterator[Tensor]:
