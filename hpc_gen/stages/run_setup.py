@@ -132,13 +132,17 @@ def load_run(run: RunFolder) -> Resolved:
     if not run.exists():
         raise UserError(f"{run.path} is not a run folder (no config.yaml); give the name or path of a run")
     resolved = typed(loader.load(run.config_path))
-    hashes = facts_of(run)
-    if resolved.identity not in (hashes.get("identity"), hashes.get("becoming")):
-        raise DataError(
-            f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run "
-            "began; undo the edit, or start a new run with another name"
-        )
-    return resolved
+    while True:
+        hashes = facts_of(run)
+        if resolved.identity in (hashes.get("identity"), hashes.get("becoming")):
+            return resolved
+        again = typed(loader.load(run.config_path))
+        if again.identity == resolved.identity:
+            raise DataError(
+                f"{run.config_path} no longer has the identity of {run.hashes_path.name}: it was edited after the run "
+                "began; undo the edit, or start a new run with another name"
+            )
+        resolved = again  # both files changed between the two looks: a sweep's new grid, a longer training
 
 
 def facts_of(run: RunFolder) -> dict[str, Any]:

@@ -56,6 +56,32 @@ def by_turns(actions: Mapping[str, Action], rounds: int, warm_up: int = 1) -> di
 
 
 @dataclass(frozen=True)
+class Clocks:
+    """Wall and processor seconds of one action, round by round; the second hardly knows what else the machine does."""
+
+    wall: Spread
+    cpu: Spread
+
+    def over(self, other: Clocks) -> Clocks:
+        """The ratios to another action, round by round."""
+        return Clocks(self.wall.over(other.wall), self.cpu.over(other.cpu))
+
+
+def by_clocks(actions: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, Clocks]:
+    """Both clocks of each action of this process, run one after the other; every second round in reverse order."""
+    wall: dict[str, list[float]] = {name: [] for name in actions}
+    cpu: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds):
+        order = list(actions) if number % 2 == 0 else list(actions)[::-1]
+        for name in order:
+            begun = time.perf_counter(), time.process_time()
+            actions[name]()
+            wall[name].append(time.perf_counter() - begun[0])
+            cpu[name].append(time.process_time() - begun[1])
+    return {name: Clocks(Spread.of(wall[name]), Spread.of(cpu[name])) for name in actions}
+
+
+@dataclass(frozen=True)
 class Table:
     """One result. `about` says what was done and how often, `identity` is the hash of the experiment used, if any."""
 

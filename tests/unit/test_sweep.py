@@ -164,6 +164,22 @@ def test_work_on_a_point_that_is_not_wanted_any_more_is_left(workspace):
     assert len(_stage(folder, resolved, workspace, "points")) == 4
 
 
+def test_a_task_that_begins_while_the_grid_changes_reads_one_of_both(workspace, monkeypatch):
+    """Config and hashes are two files: a task that saw the old one of the first takes no offence at the new second."""
+    found, folder, _ = _apply(workspace)
+    hashes, calls = run_setup.facts_of, []
+
+    def late(run):
+        calls.append(run)
+        if len(calls) == 1:
+            _apply(workspace, axes={"guidance": [1.0], "steps": [1, 2]})
+        return hashes(run)
+
+    monkeypatch.setattr(run_setup, "facts_of", late)
+    seen = sweep_plan.read_sweep(run_setup.load_run(folder))
+    assert seen is not None and len(found.points) == 4 and len(seen.points) == 2
+
+
 def test_other_metrics_take_no_new_images(workspace):
     found, folder, resolved = _apply(workspace)
     _all(folder, resolved, workspace)
