@@ -21,6 +21,7 @@ from eval_jobs.looks import (
     sampled_name,
     write_features,
 )
+from eval_jobs.read_once import ReadOnce
 from hpc_gen.metrics import fidelity, suite
 from hpc_gen.metrics.results import MetricFile, MetricRecord, read
 from hpc_gen.metrics.statistics import Statistics
@@ -86,7 +87,8 @@ class EvaluateWorker:
         images = self._images_of_reference
         num_reference = images.rows if images is not None else None
         suite.check_counts(config.metrics, self.samples.num_images, num_reference, config.kid_subset_size)
-        self.blocks = [each for kind in (SAMPLES, REFERENCE) for look in self.looks for each in self._cut(look, kind)]
+        self.blocks = [*self._in_turn(SAMPLES), *self._in_turn(REFERENCE)]
+        self._once: ReadOnce = like._once if like is not None else ReadOnce()
 
     def _open_reference(self) -> None:
         """The statistics of the main network, and the images if any network needs features of them."""
@@ -106,7 +108,10 @@ class EvaluateWorker:
                 check_image_size(self._images_of_reference, shape)
 
     def units(self) -> list[Unit]:
-        """Blocks of the samples, then of the reference; of second networks under names of their own."""
+        """Blocks of the samples, then of the reference; those of second networks have names of their own.
+
+        The set of names is the same for any number of tasks, their order is not.
+        """
         return [Unit(block.name, i) for i, block in enumerate(self.blocks)]
 
     def unit_of(self, block: FeatureBlock) -> Unit:
@@ -241,12 +246,21 @@ class EvaluateWorker:
         ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
         return [FeatureBlock(f"{look.prefix}{kind}-{i:06d}", look, kind, i, ids) for i, ids in enumerate(ranges)]
 
+    def _in_turn(self, kind: str) -> list[FeatureBlock]:
+        """The blocks of all networks, ordered so that a task meets the same images with one after the other.
+
+        A task takes every `num_tasks`-th: of `num_tasks` blocks those of the first network, then those of the next.
+        """
+        cuts = [cut for cut in (self._cut(look, kind) for look in self.looks) if cut]
+        tasks, length = self._context.num_tasks, max(map(len, cuts), default=0)
+        return [block for start in range(0, length, tasks) for cut in cuts for block in cut[start : start + tasks]]
+
     def _images(self, kind: str, ids: range) -> Tensor:
         """Images uint8 [n, 3, H, W] of a block."""
         if kind == SAMPLES:
-            return self.samples.read(ids)
+            return self._once.read(self.samples, ids)
         assert self._images_of_reference is not None
-        return self._images_of_reference.read(ids)
+        return self._once.read(self._images_of_reference, ids)
 
     def _image_name(self, kind: str, i: int) -> str:
         if kind == SAMPLES or self._images_of_reference is None:

@@ -99,11 +99,11 @@ class SampleIndex:
         name = self.blocks[image_id // self.plan.block_images].name
         return block_folder(self.folder, name) / image_name(image_id)
 
-    def read(self, ids: Sequence[int]) -> Tensor:
+    def read(self, ids: Sequence[int], kept: dict[str, Tensor] | None = None) -> Tensor:
         """Images uint8 [N, 3, H, W] of consecutive ids, each block checked against its hash.
 
-        Raises DataError for a file that is missing, truncated or not the one that was sampled, UserError where no
-        images were kept.
+        `kept` holds the last block read, by name, for the next call: a block is always read whole. Raises DataError
+        for a file that is missing, truncated or not the one that was sampled, UserError where no images were kept.
         """
         if not self.has_images:
             raise UserError(f"{self.folder} holds features only (sample.output = features); sample with output=png")
@@ -111,7 +111,10 @@ class SampleIndex:
         for block in self.blocks:
             wanted = range(max(block.first_id, ids[0]), min(block.first_id + block.count, ids[-1] + 1))
             if len(wanted):
-                images = read_block(self.folder, block)
+                images = kept[block.name] if kept is not None and block.name in kept else read_block(self.folder, block)
+                if kept is not None and block.name not in kept:
+                    kept.clear()
+                    kept[block.name] = images
                 parts.append(images[wanted.start - block.first_id : wanted.stop - block.first_id])
         return torch.cat(parts)
 

@@ -15,6 +15,7 @@ from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.sampling.images import png_bytes
 from hpc_gen.sampling.index import read_index
 from hpc_gen.stages.build import open_table
+from hpc_gen.stages.reference import ReferenceImages
 from tests.support import toy_run
 
 
@@ -125,6 +126,41 @@ def test_number_of_tasks_does_not_change_a_bit(evaluated):
         assert toy_run.do_units(run, made, made.units()[task::3])
     made.finish()
     assert read(run.metrics("main")) == metrics
+
+
+SECOND = ["clip: {name: random-conv}", "dinov2: {name: random-conv}"]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5])
+def test_images_are_decoded_once_for_all_networks(tmp_path, monkeypatch, tasks):
+    """Three networks, blocks of samples larger than those of features: each task decodes what it must, and once."""
+    from hpc_gen.sampling import index
+
+    run, resolved = toy_run.make_run(
+        tmp_path,
+        "sample={num_images: 40, block_images: 20, batch: 4, settings: {steps: 1}}",
+        f"evaluate={{metrics: [fid, clip_fid, fd_dinov2], {', '.join(SECOND)}, extractor: {{name: random-conv}}, "
+        "reference: {table: tables/train, rows: 24}, batch: 4, block_images: 4}",
+    )
+    _sample(run, resolved, tmp_path)
+    whole: list[str] = []
+    read_block = index.read_block
+    monkeypatch.setattr(index, "read_block", lambda folder, block: whole.append(block.name) or read_block(folder, block))
+    rows: list[range] = []
+    read_rows = ReferenceImages.read
+    monkeypatch.setattr(ReferenceImages, "read", lambda self, ids: rows.append(ids) or read_rows(self, ids))
+    names = set()
+    for task in range(tasks):
+        made = _worker(run, resolved, tmp_path, task=task, tasks=tasks)
+        mine = made.units()[task::tasks]
+        toy_run.do_units(run, made, mine)
+        names |= {unit.name for unit in mine}
+    assert len(names) == 3 * (10 + 6)
+    assert len(whole) <= 2 * tasks  # at most each of the two blocks of samples by each task
+    assert len(rows) <= 6 + (tasks - 1)  # and each block of the reference once; a last round that is short costs more
+    made.finish()
+    values = {record.name: record.value for record in read(run.metrics("main")).records}
+    assert values["fid"] == values["clip_fid"] == values["fd_dinov2"]
 
 
 def test_finish_again_writes_nothing(evaluated):
