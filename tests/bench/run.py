@@ -43,6 +43,7 @@ BENCHES = {
 PAGES = {
     "formats": ("reading_formats.md", "Reading the same latents by format"),
     "encode": ("encoding.md", "Encoding: decode, and the share of a task's time in the network"),
+    "evaluate": ("evaluation.md", "Evaluation beside torch-fidelity"),
 }
 
 
