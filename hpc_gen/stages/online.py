@@ -75,6 +75,7 @@ class OnlineEvaluation:
         self._settings = settings_of(around.experiment, config.settings)
         self._network: Extractor | None = None
         self._reference: list[Tensor] | None = None  # features of the reference, on rank 0, once they are there
+        self._begun: list[Tensor] = []  # of them, this rank's so far: a budget that ends among them costs none
         _ = around.decoder  # a tokenizer that does not fit is refused now
 
     def __call__(self, images_seen: int) -> dict[str, float]:
@@ -186,14 +187,16 @@ class OnlineEvaluation:
             self._reference = list(kept.split(self._offline.batch)) if kept is not None else None
         if ranks.broadcast_object(self._reference is not None):
             return
-        batch, mine = self._offline.batch, []
+        batch = self._offline.batch
         with self._shared() as poll:
-            for share in share_of(images.rows, batch, ranks.rank, ranks.world_size):
+            for share in list(share_of(images.rows, batch, ranks.rank, ranks.world_size))[len(self._begun) :]:
                 poll()
                 rows = [row % images.rows for row in share]
-                mine.append(network(images.read(rows)).features)
-                check_finite(mine[-1], [images.name(row) for row in rows])
-        gathered = ranks.gather_objects(mine)
+                features = network(images.read(rows)).features
+                check_finite(features, [images.name(row) for row in rows])
+                self._begun.append(features)
+        gathered = ranks.gather_objects(self._begun)
+        self._begun = []
         if gathered is not None:
             self._reference = list(in_order(gathered, images.rows).split(batch))
             self._keep_reference(torch.cat(self._reference))

@@ -8,6 +8,7 @@ import experiments
 import pytest
 import toy_run
 from experiments import Workspace
+from torch import Tensor
 
 from eval_jobs import evaluate, sample
 from hpc_gen.metrics.results import read as read_metrics
@@ -190,6 +191,34 @@ def test_an_evaluation_beyond_its_budget_is_given_up_and_told(workspace: Workspa
         "train.evaluate.budget_s = 1e-06 is spent; raise it, or draw fewer images" in t for t in told
     )
     assert [data["loss"] for _, data in experiments.rows(run)] == [data["loss"] for _, data in experiments.rows(plain)]
+
+
+def test_a_reference_larger_than_the_budget_is_looked_at_over_several_evaluations(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes up where the one before was given up, or the budget would never be enough."""
+    from hpc_gen.runtime import clock
+    from hpc_gen.stages.reference import ReferenceImages
+
+    late_s, reads, now = 0.0, 0, clock.monotonic
+    plain = ReferenceImages.read
+
+    def read_slowly(self: ReferenceImages, ids: range) -> Tensor:
+        nonlocal late_s, reads
+        reads += 1
+        late_s += 700  # of a budget of 1000 s: the second batch of an evaluation is its last
+        return plain(self, ids)
+
+    monkeypatch.setattr(ReferenceImages, "read", read_slowly)
+    monkeypatch.setattr(clock, "monotonic", lambda: now() + late_s)
+    changes = (ONLINE[0].replace("every_images: 32", "every_images: 32, budget_s: 1000"), ONLINE[1])
+    run = workspace.run("slow", *changes, "train.total_images=96")
+    assert workspace.train(run) == ExitCode.DONE
+    assert reads == 4  # batches of 4 of 14 rows, each once
+    assert len(events(run, "fault")) == 2 and list(values(run)) == [96]
+    plain_run = workspace.run("quick", *ONLINE, "train.total_images=96")
+    assert workspace.train(plain_run) == ExitCode.DONE
+    assert values(run)[96] == values(plain_run)[96]
 
 
 def test_metrics_of_the_evaluate_stage_alone_are_left_out(workspace: Workspace) -> None:
