@@ -17,7 +17,7 @@ from eval_jobs.evaluate import REFERENCE, EvaluateWorker
 from eval_jobs.sample import Methods, SampleWorker
 from eval_jobs.sweep_plan import FEATURES, POINTS, SCORES, WANTED_NAME, Sweep
 from hpc_gen.config.loader import Resolved
-from hpc_gen.runtime import commit
+from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.sampling.index import BLOCK_NAME, block_folder
@@ -25,6 +25,7 @@ from hpc_gen.stages import run_setup
 from hpc_gen.stages.units import StageContext, Unit
 
 REFERENCE_TAG = "reference"
+LOOK_S = 1.0  # how often a task at work reads the wish: a file on a disk that all tasks share
 
 
 class _Cancelled(Exception):
@@ -76,11 +77,15 @@ class _SweepWorker:
     def do(self, unit: Unit, staging: Path, poll: Callable[[], None]) -> dict[str, Path]:
         """One unit of one point, or the mark that it is not wanted."""
         part = self.parts[unit.index]
+        looked = -LOOK_S
 
         def look() -> None:
+            nonlocal looked
             poll()
-            if not self.is_wanted(part.point):
-                raise _Cancelled
+            if clock.monotonic() - looked >= LOOK_S:
+                looked = clock.monotonic()
+                if not self.is_wanted(part.point):
+                    raise _Cancelled
 
         try:
             look()

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slurm_real
 
 Until = Callable[..., None]
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES, BLOCK, TASKS, SEED = 100, 10, 3, 7
+IMAGES, BLOCK, TASKS, SEED = 100, 10, 2, 7
 BLOCKS = IMAGES // BLOCK
 METHOD = "{name: energy, input: pixels, image_size: 8, channels: 1, patch_size: 2, hidden: 64, depth: 2, heads: 2}"
 LINES = [{"checkpoint": c, "guidance": 3.0, "steps": s} for c in (64, 128) for s in (8, 16)]

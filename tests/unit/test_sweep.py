@@ -130,8 +130,21 @@ def test_a_line_more_is_done_and_a_line_less_is_cancelled(workspace):
     assert _all(folder, resolved, workspace) == {"points": 0, "features": 0, "scores": 0}
 
 
-def test_work_on_a_point_that_is_not_wanted_any_more_is_left(workspace):
+@pytest.mark.parametrize(("every_s", "reads"), [(0.0, 19), (3600.0, 8)])
+def test_the_wish_is_read_now_and_then_not_at_every_step(workspace, monkeypatch, every_s, reads):
+    """Once as a unit begins, then once a second: a thousand steps a second would be as many reads of a shared disk."""
+    _, folder, resolved = _apply(workspace)
+    asked = []
+    plain = sweep.PointsWorker.is_wanted
+    monkeypatch.setattr(sweep, "LOOK_S", every_s)
+    monkeypatch.setattr(sweep.PointsWorker, "is_wanted", lambda self, point: asked.append(point) or plain(self, point))
+    _stage(folder, resolved, workspace, "points")
+    assert len(asked) == reads if reads == 8 else len(asked) > reads
+
+
+def test_work_on_a_point_that_is_not_wanted_any_more_is_left(workspace, monkeypatch):
     """A task that began with the old grid marks its units in their turn, drops the one in hand, and does the others."""
+    monkeypatch.setattr(sweep, "LOOK_S", 0.0)
     found, folder, resolved = _apply(workspace)
     worker = sweep.points(toy_run.context(folder, resolved, workspace, "points"))
     units = worker.units()

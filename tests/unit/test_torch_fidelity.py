@@ -14,8 +14,10 @@ import toy_run
 from eval_jobs import evaluate, sample
 from hpc_gen.metrics import extractors, fidelity
 from hpc_gen.metrics.results import MetricFile, read
+from hpc_gen.runtime.commit import sha256_file
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.sampling.images import png_bytes
+from hpc_gen.sampling.index import read_index
 from hpc_gen.stages.build import open_table
 
 COMMON = {
@@ -89,6 +91,30 @@ def test_inception_metrics_equal_theirs(scored):
     assert _value(metrics, "precision") == pytest.approx(theirs["precision"], rel=1e-3)
     assert _value(metrics, "recall") == pytest.approx(theirs["recall"], rel=1e-3)
     assert theirs["frechet_inception_distance"] > 1.0 and theirs["inception_score_mean"] > 1.001  # not of nothing
+
+
+def test_every_record_names_all_that_made_it(scored):
+    """The list of issue 8, for every metric of two networks: nothing of it may be missing from any number."""
+    workspace, run, metrics = scored
+    plan = read_index(run.samples("main")).plan
+    weights = {"inception": "inception.pth", "clip-vit-b-32": "clip.pt"}
+    names = {"fid", "sfid", "clip_fid"}
+    names |= {f"{name}_infinity" for name in names} | {"kid", "isc", "precision", "recall", "density", "coverage"}
+    assert names == {record.name for record in metrics.records} | {n for n in names if n.endswith("_infinity")}
+    for record in metrics.records:
+        extractor, subject = record.measure["extractor"], record.subject
+        assert extractor["weights_sha256"] == sha256_file(workspace / weights[extractor["name"]]), record.name
+        assert extractor["resize"] and extractor["layer"] and extractor["dtype"] == "float32", record.name
+        assert (record.measure["num_images"], record.measure["image_shape"]) == (20, [3, 8, 8])
+        assert (record.measure["classes"], record.measure["num_classes"]) == ("balanced", 4)
+        assert record.measure["settings"], record.name
+        if record.name != "isc":  # which has no reference
+            assert len(record.measure["reference"]["images"]) == 64 and record.measure["reference"]["rows"] == 24
+        assert subject["plan"]["seed"] == 11 and subject["plan"]["settings"]["steps"] == 2
+        assert subject["run_identity"] == plan.run_identity and len(subject["samples_index_sha256"]) == 64
+        assert subject["checkpoint"]["images_seen"] == 64 and subject["checkpoint"]["ema"] == plan.ema
+        assert subject["checkpoint"]["manifest_sha256"] == plan.checkpoint_manifest_sha256
+        assert record.std is None or record.spread, record.name
 
 
 def test_clip_distance_equals_theirs(scored):
