@@ -9,7 +9,7 @@ from typing import Any
 from eval_jobs.charts import Mark, Series, line_chart
 from eval_jobs.neighbours import Neighbours, neighbours_of
 from eval_jobs.pictures import picture_of, preview_pictures
-from eval_jobs.side_by_side import MAX_PAIRS, OneSet, any_two, metric_curves, pairs
+from eval_jobs.side_by_side import MAX_PAIRS, MAX_SETS, OneSet, any_two, metric_curves, pairs
 from eval_jobs.timeline import receipt_rows, time_line
 from eval_jobs.words import METRIC_TITLES, plain
 from hpc_gen.config.loader import Resolved
@@ -58,6 +58,7 @@ def gather(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
         "samples": [part for tag, index in samples for part in _shown(tag, index, problems)],
         "pairs": _pairs(samples, metrics, problems),
         "sets": _sets(run, resolved, samples, metrics, problems),
+        "sets_hidden": max(0, sum(index.has_images for _, index in samples) - MAX_SETS),
         "near": _near(run, resolved, samples, problems),
         "previews": preview_pictures(run),
         "charts": _charts(rows, kept),
@@ -162,13 +163,14 @@ def _sets(
 ) -> list[OneSet]:
     """Any two of these are put side by side by whoever looks at the page."""
     try:
-        return any_two(samples, metrics, _class_names(run, resolved))
+        return any_two(samples, metrics, class_names_of(run, resolved))
     except HpcGenError as error:
         problems.append(str(error))
         return []
 
 
-def _class_names(run: RunFolder, resolved: Resolved) -> Sequence[str]:
+def class_names_of(run: RunFolder, resolved: Resolved) -> Sequence[str]:
+    """Names of the classes of a run's table; none where it cannot be opened."""
     try:
         table = open_table(run.workspace, resolved.experiment.data.table)
         return class_names(resolved.experiment, table, run.workspace)

@@ -1,4 +1,4 @@
-"""Images decoded once for all networks that look at them in a row: at 256 pixels a PNG costs a tenth of a CLIP's pass."""
+"""Images decoded once for all networks that look at them in a row."""
 
 from __future__ import annotations
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval_jobs.charts import Series, Spot, line_chart, scatter_chart
+from eval_jobs.page import class_names_of
 from eval_jobs.pictures import Picture, strip
-from eval_jobs.sweep_plan import Sweep, words
+from eval_jobs.side_by_side import MAX_SETS, OneSet, any_two
+from eval_jobs.sweep_plan import Sweep, best_of, words
 from eval_jobs.sweep_table import Row, Table, table_of
 from eval_jobs.timeline import receipt_rows, time_line
 from eval_jobs.words import METRIC_TITLES
 from hpc_gen.config.loader import Resolved
-from hpc_gen.metrics.results import MetricRecord
+from hpc_gen.metrics.results import MetricFile, MetricRecord
 from hpc_gen.runtime import goodput, journal
 from hpc_gen.runtime.errors import HpcGenError
 from hpc_gen.runtime.run_folder import RunFolder
@@ -33,6 +35,7 @@ def gather(run: RunFolder, resolved: Resolved, sweep: Sweep) -> dict[str, Any]:
     names = {(attempt.number, attempt.stage) for attempt in attempts}
     events = [event for event in everything if (event.attempt, event.stage) in names]
     title, direction = METRIC_TITLES.get(sweep.metric, (sweep.metric, ""))
+    sets = _sets(table, class_names_of(run, resolved))
     return {
         "title": resolved.experiment.report.title or sweep.name,
         "sweep": sweep,
@@ -46,6 +49,8 @@ def gather(run: RunFolder, resolved: Resolved, sweep: Sweep) -> dict[str, Any]:
         "costs": _costs(table, title, direction),
         "strips": _strips(table),
         "hidden": max(0, len(table.rows) - MAX_STRIPS),
+        "sets": sets,
+        "sets_hidden": len([row for row in table.rows if _has_images(row)]) - len(sets) if sets else 0,
         "measured": _measured(table),
         "attempts": time_line(events, attempts),
         "receipt": receipt_rows(goodput.receipt_of(events)),
@@ -163,6 +168,34 @@ def _strips(table: Table) -> list[tuple[str, Picture]]:
         name = _name(row, table)
         found.append((name, strip(images, f"Images 0 to {count - 1} of the point {name}")))
     return found
+
+
+def _has_images(row: Row) -> bool:
+    return row.index is not None and row.index.has_images
+
+
+def _sets(table: Table, names: Sequence[str]) -> list[OneSet]:
+    """Points of which any two are put side by side: the best one of each checkpoint, then the best of all others."""
+    scored = {row.name: row.records[table.metric] for row in table.rows if row.value(table.metric) is not None}
+    left = [row for row in table.rows if _has_images(row)]
+    order: list[Row] = []
+    while left:
+        known = {row.name: scored[row.name] for row in left if row.name in scored}
+        best = best_of(known, table.metric) if known else left[0].name
+        order.append(next(row for row in left if row.name == best))
+        left.remove(order[-1])
+    first: dict[Any, Row] = {}
+    for row in order:
+        first.setdefault(row.keys.get("checkpoint"), row)
+    chosen = [*first.values(), *(row for row in order if row not in first.values())][:MAX_SETS]
+    shown = [row for row in table.rows if row in chosen]
+    samples = [(_name(row, table), row.index) for row in shown if row.index is not None]
+    metrics = {_name(row, table): MetricFile(row.name, "", tuple(row.records.values())) for row in shown}
+    try:
+        return any_two(samples, metrics, names)
+    except HpcGenError as error:
+        table.problems.append(str(error))
+        return []
 
 
 def _measured(table: Table) -> list[tuple[str, str]]:

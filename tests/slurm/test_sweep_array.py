@@ -149,7 +149,8 @@ def test_a_sweep_of_twelve_points_is_what_the_grid_says_whatever_happens(
     told = on_slurm(workspace, lab, fewer)
     assert "11 points" in told and told.count("cancelled ") == 1 and "jobs are at it already" in told
     assert submitted(told) == []
-    until(folder.report.exists, "the report of eleven points", 400)
+    reported = folder.ledger("report") / "page.json"  # written after the page and what lies beside it
+    until(reported.exists, "the report of eleven points", 400)
     table = table_of(folder)
     assert len(table["points"]) == 11 and not table["problems"]
     eleven = [point["name"] for point in table["points"]]
@@ -165,10 +166,10 @@ def test_a_sweep_of_twelve_points_is_what_the_grid_says_whatever_happens(
     until(lambda: not lab_jobs(lab), "the queue to be empty", 60)
     told = on_slurm(workspace, lab, [*LINES, LATER])
     assert "13 points, 2 to be done" in told and told.count("to do ") == 2
-    old_page = folder.report.stat().st_mtime_ns
+    first_report = reported.stat().st_mtime_ns
     here = sweep(workspace, lab, "here", [*LINES, LATER], "tasks=1")  # without Slurm, meanwhile
     assert "13 points, 13 to be done" in here
-    until(lambda: folder.report.stat().st_mtime_ns != old_page, "the report of thirteen points", 400)
+    until(lambda: reported.stat().st_mtime_ns != first_report, "the report of thirteen points", 400)
     after = units_done(folder)[len(before) :]
     table = table_of(folder)
     names = [point["name"] for point in table["points"]]

@@ -145,7 +145,9 @@ def test_images_are_decoded_once_for_all_networks(tmp_path, monkeypatch, tasks):
     _sample(run, resolved, tmp_path)
     whole: list[str] = []
     read_block = index.read_block
-    monkeypatch.setattr(index, "read_block", lambda folder, block: whole.append(block.name) or read_block(folder, block))
+    monkeypatch.setattr(
+        index, "read_block", lambda folder, block: whole.append(block.name) or read_block(folder, block)
+    )
     rows: list[range] = []
     read_rows = ReferenceImages.read
     monkeypatch.setattr(ReferenceImages, "read", lambda self, ids: rows.append(ids) or read_rows(self, ids))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import toy_run
 import yaml
 from chromium import KEYBOARD, in_chromium, with_chromium
 
-from eval_jobs import report, sweep, sweep_plan
+from eval_jobs import report, sweep, sweep_page, sweep_plan, sweep_table
 from eval_jobs.charts import Spot, scatter_chart
 from hpc_gen.stages import run_setup
 
@@ -59,6 +60,29 @@ def test_the_page_says_what_was_found(made):
     assert "jackknife over 10 random groups of images" in page and "extractor.name" in page
     assert not re.search(r"https?://", page.replace("http://www.w3.org", "")) and "<script" not in page
     assert page.count("<section") == page.count("</section>")
+
+
+def test_any_two_points_can_be_chosen_by_class_and_number(made):
+    _, _, page, empty = made
+    part = page[page.index('id="any"') : page.index('id="measured"')]
+    assert part.count('type="radio"') == 10 and part.count(" checked>") == 2
+    assert "guidance 5, steps 1, at 64 images" in part and "Images 0, 4, 8, 12, 16 of" in part
+    assert 'id="any"' not in empty and "more are not shown" not in part
+
+
+def test_of_many_points_the_best_of_each_checkpoint_are_among_those_to_choose(made):
+    """Rows of a table with twenty points: eight are shown, in the order of the grid, one of every checkpoint."""
+    folder, found, _, _ = made
+    table = sweep_table.table_of(folder, found)
+    rows = [
+        replace(row, name=f"{row.name}-{c}", keys={**row.keys, "checkpoint": c})
+        for c in (64, 128, 256, 512)
+        for row in table.rows
+    ]
+    shown = sweep_page._sets(replace(table, rows=rows), ())
+    assert len(shown) == 8
+    places = [next(c for c in (64, 128, 256, 512) if f"checkpoint {c}," in one.name) for one in shown]
+    assert set(places) == {64, 128, 256, 512} and places == sorted(places)
 
 
 def test_numbers_beside_the_page(made):
