@@ -92,9 +92,23 @@ MUTANTS = (
     Mutant(
         "a cancelled point that is worked on all the same",
         "eval_jobs/sweep.py",
-        "            if not self.is_wanted(part.point):\n                raise _Cancelled\n",
+        "                if not self.is_wanted(part.point):\n                    raise _Cancelled\n",
         "",
         ("tests/unit/test_sweep.py",),
+    ),
+    Mutant(
+        "a new grid that is taken for an edited config",
+        "hpc_gen/stages/run_setup.py",
+        "        if again.identity == resolved.identity:\n",
+        "        if again is not None:\n",
+        ("tests/unit/test_sweep.py", "-k", "begins_while"),
+    ),
+    Mutant(
+        "images of another point because their block has the same name",
+        "eval_jobs/read_once.py",
+        "            self._whole.clear()",
+        "            pass",
+        ("tests/unit/test_evaluate_worker.py", "-k", "same_names"),
     ),
     Mutant(
         "swapped adaLN chunks",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eval_jobs import evaluate, sample
+from eval_jobs.read_once import ReadOnce
 from hpc_gen.metrics import extractors, fidelity
 from hpc_gen.metrics.extractors import ExtractorSpec, NetworkExtractor, RandomConvolutions
 from hpc_gen.metrics.results import compare, read
@@ -163,6 +164,21 @@ def test_images_are_decoded_once_for_all_networks(tmp_path, monkeypatch, tasks):
     made.finish()
     values = {record.name: record.value for record in read(run.metrics("main")).records}
     assert values["fid"] == values["clip_fid"] == values["fd_dinov2"]
+
+
+def test_blocks_of_the_same_names_are_not_mistaken_for_one_another(tmp_path):
+    """Points of a sweep share what was read last, and each of them has a block 000000."""
+    sets = []
+    for seed in (1, 2):
+        section = f"sample={{num_images: 12, block_images: 12, batch: 12, seed: {seed}, settings: {{steps: 1}}}}"
+        run, resolved = toy_run.make_run(tmp_path / str(seed), section)
+        _sample(run, resolved, tmp_path / str(seed))
+        sets.append(read_index(run.samples("main")))
+    once = ReadOnce()
+    assert not torch.equal(sets[0].read(range(12)), sets[1].read(range(12)))
+    for source in (*sets, *sets):
+        for ids in (range(4), range(4), range(4, 8), range(2, 6)):
+            assert torch.equal(once.read(source, ids), source.read(ids))
 
 
 def test_finish_again_writes_nothing(evaluated):
