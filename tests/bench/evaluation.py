@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ SECOND = {"clip_fid": "clip", "fd_dinov2": "dinov2"}
 SECOND_NAMES = {"clip": "clip-vit-b-32", "dinov2": "dinov2-vit-s-14"}
 
 
-def bench(quick: bool) -> list[Table]:
+def bench(quick: bool) -> Iterator[Table]:
     """Three tables: the whole evaluation, its end at a real number of images, the second networks."""
     torch.set_num_threads(1)
     images, rounds, many = (16, 1, 64) if quick else (64, 2, 4096)
@@ -49,7 +49,9 @@ def bench(quick: bool) -> list[Table]:
         with tempfile.TemporaryDirectory(prefix="hpc-gen-bench-") as name:
             scene = Scene.made(Path(name), images)
             whole, clocks = _whole(scene, rounds)
-            return [whole, _end(many, clocks, images), *_second(scene, rounds)]
+            yield whole
+            yield _end(many, clocks, images)
+            yield _second(scene, rounds)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -207,7 +209,7 @@ def _end(count: int, clocks: dict[str, Clocks], images: int) -> Table:
     return table
 
 
-def _second(scene: Scene, rounds: int) -> list[Table]:
+def _second(scene: Scene, rounds: int) -> Table:
     """What a further network costs the stage, beside its bare forward over images in memory."""
     worker = scene.evaluation(METRICS[:1] + tuple(SECOND))
     pixels = worker.samples.read(range(scene.images))
@@ -243,7 +245,7 @@ def _second(scene: Scene, rounds: int) -> list[Table]:
         name = SECOND_NAMES[key]
         spreads = (clocks["forward"].cpu.show(), clocks["stage"].cpu.show(), ratio.wall.show("{:.3f}"))
         table.add(name, *spreads, ratio.cpu.show("{:.3f}"), end.cpu.show())
-    return [table]
+    return table
 
 
 def _measured(metric: str, features: torch.Tensor, reference: suite.Reference) -> None:
