@@ -193,14 +193,14 @@ def _end(count: int, clocks: dict[str, Clocks], images: int) -> Table:
     table = Table(
         f"After the features: {count} images against {count}",
         f"One thread, one round, random features of Inception's sizes; density_coverage shares the distances of prc. The "
-        f"whole is computed: pass per image from the table above times {2 * count} images, and this end.",
+        f"whole is computed: {2 * count} images at the processor seconds per image of the table above (which hold the building of "
+        "the network and the end of those few images, too: against us), and this end.",
         ("what", "wall, s", "processor, s"),
     )
     for name, clock in found.items():
         table.add(name, clock.wall.show("{:.1f}"), clock.cpu.show("{:.1f}"))
     ends = {"theirs": found["torch-fidelity: FID"].cpu.values[0]}
     ends["ours"] = sum(clock.cpu.values[0] for name, clock in found.items() if name.startswith("ours"))
-    # the end of the few images above is counted twice in this: a little against us, who have more of it
     pass_s = {name: sorted(each.cpu.values)[len(each.cpu.values) // 2] / (2 * images) for name, each in clocks.items()}
     whole = {name: pass_s[name] * 2 * count + ends[name] for name in ends}
     table.add("computed: torch-fidelity's FID alone, whole", "", f"{whole['theirs']:.0f}")
