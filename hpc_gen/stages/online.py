@@ -295,8 +295,8 @@ class _Wrapped:
 def in_background(work: Callable[[], _Result], poll: Poll) -> _Result:
     """Do `work` in a thread, looking at `poll` meanwhile; what either raises is raised here.
 
-    When `poll` raises, the thread is left to itself and what it finds is lost: the process ends soon, or, where a budget
-    was spent, the thread ends beside the training.
+    When `poll` raises, the thread is left to itself and what it finds is lost: the process ends soon, or the training
+    goes on beside it where a budget was spent.
     """
     results: list[_Result] = []
     failures: list[BaseException] = []
