@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint bench prove mutants cluster-setup clean
+.PHONY: help setup demo test lint bench prove mutants cluster-setup page-setup clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -44,7 +44,10 @@ cluster-setup:  ## a real Slurm and a real Apptainer for the cluster tests (Debi
 	@bash slurm/lab/install_apptainer.sh || \
 	  printf '\n*** APPTAINER COULD NOT BE INSTALLED (see above): the container tests will be SKIPPED.\n\n' >&2
 
-test: $(VENV)/.stamp-dev cluster-setup  ## every test; PYTEST_ARGS="-k config" for some
+page-setup:
+	@bash tests/support/install_chromium.sh
+
+test: $(VENV)/.stamp-dev cluster-setup page-setup  ## every test; PYTEST_ARGS="-k config" for some
 	@mkdir -p build; rm -f build/junit.xml .test-counts.json
 	@$(BIN)/python -m pytest -rs --junitxml=build/junit.xml $(PYTEST_ARGS)
 
