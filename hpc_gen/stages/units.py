@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError
+from hpc_gen.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from hpc_gen.config.experiment import Experiment
     from hpc_gen.config.loader import Resolved
     from hpc_gen.runtime.journal import Journal
-    from hpc_gen.runtime.run_folder import RunFolder
 
 
+IN_WORKSPACE = "workspace:"  # before the name of a recorded file that lies beside the runs, as a table's shard
 FINISHED = "finished"  # file of a ledger: the fingerprint of the units that the stage was finished with
 
 
@@ -74,7 +75,11 @@ class Ledger:
     """Which units of a stage are committed: one JSON file per unit, written after the unit's files."""
 
     def __init__(self, folder: Path, root: Path) -> None:
-        """`folder` holds the records; paths in them are relative to `root` where possible, so a run can be moved."""
+        """`folder` holds the records of the run in `root`.
+
+        Paths in them are relative to `root` or to the run's workspace where possible: either may be moved, or be mounted
+        elsewhere on another node.
+        """
         self.folder = folder
         self.root = root
 
@@ -131,10 +136,14 @@ class Ledger:
         return sum(int(fact["bytes"]) for fact in facts.values())
 
     def _relative(self, path: Path) -> str:
-        try:
+        if path.is_relative_to(self.root):
             return path.relative_to(self.root).as_posix()
-        except ValueError:
-            return path.as_posix()
+        workspace = RunFolder(self.root).workspace
+        if path.is_relative_to(workspace):
+            return IN_WORKSPACE + path.relative_to(workspace).as_posix()
+        return path.as_posix()
 
     def _absolute(self, name: str) -> Path:
+        if name.startswith(IN_WORKSPACE):
+            return RunFolder(self.root).workspace / name.removeprefix(IN_WORKSPACE)
         return self.root / name  # an absolute name replaces the root

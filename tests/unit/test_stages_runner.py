@@ -266,6 +266,20 @@ def test_a_moved_root_keeps_its_units(ledger: Ledger, tmp_path: Path) -> None:
     assert Ledger(copy / "ledger", copy).missing([A], "f") == []
 
 
+def test_a_moved_workspace_keeps_the_units_of_its_tables(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    staged = here / "staged.bin"
+    staged.parent.mkdir()
+    staged.write_bytes(b"row" * 9)
+    shard = here / "tables/t/shard.pt"
+    Ledger(here / "runs/r/ledger", here / "runs/r").commit(A, {str(shard): staged}, "f")
+    here.rename(there)
+    moved = Ledger(there / "runs/r/ledger", there / "runs/r")
+    assert moved.missing([A], "f") == []
+    (there / "tables/t/shard.pt").unlink()
+    assert moved.missing([A], "f") == [A]  # it is the moved file that is looked at
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"unit": "a"}', "\udcff"])
 def test_a_record_that_is_none_is_refused(ledger: Ledger, text: str) -> None:
     (ledger.folder / "a.json").write_bytes(text.encode(errors="surrogateescape"))
