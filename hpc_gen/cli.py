@@ -126,7 +126,7 @@ def _say_plan(folder: Any, resolved: Any, stages: list[str] | None) -> None:
 
     for line in runner.plan(folder, resolved, stages):
         say(line)
-    for line in forecast_plan.lines(folder, resolved, stages):
+    for line in forecast_plan.lines(folder, resolved, runner.in_order(resolved, stages)):
         say(f"disk        {line}")
 
 

@@ -174,6 +174,17 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours // 24}d {hours % 24:02d}h"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things: "1 task", "2 tasks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_bytes(number: float) -> str:
+    """Bytes in three or so digits: "0 B", "999 B", "40.0 kB", "1.2 MB"."""
+    text = format_count(number)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
 def format_count(number: float) -> str:
     """A number in three or so digits: "0.25", "7", "999", "12.8k", "1.2M", "3.4G"; "?" for nan and inf."""
     if not math.isfinite(number):

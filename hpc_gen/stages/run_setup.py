@@ -15,7 +15,7 @@ from hpc_gen.methods import registry
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages import origin, outline
+from hpc_gen.stages import control, origin, outline
 
 PACKAGES = ("hpc_gen", "shard_tools", "eval_jobs", "slurm")
 WEIGHTS_DEPEND_ON = ("seed", "method", "data", "encode", "train")
@@ -37,8 +37,8 @@ def prepare_run(resolved: Resolved, workspace: Path, name: str | None = None) ->
 
     An existing run goes on. Changed operation keys (ranks, intervals, stop_at_images) and other settings of sampling
     and evaluation are taken over: samples and metrics carry hashes of their own and refuse to be mixed. So is a longer
-    training where no number computed so far depends on its length. Raises UserError naming the keys that differ when
-    what the weights depend on is another.
+    training where no number computed so far depends on its length, and anything while there is nothing that depends on
+    it. Raises UserError naming the keys that differ when what the weights depend on is another.
     """
     run = RunFolder(workspace / "runs" / (name or resolved.experiment.name))
     resolved = accepted(run, typed(resolved), workspace)
@@ -72,25 +72,93 @@ def accepted(run: RunFolder, resolved: Resolved, workspace: Path) -> Resolved:
     before = load_run(run)
     resolved = origin.pinned(resolved, workspace, before)
     differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
-    if differences and {key for key, _, _ in differences} <= set(EXTENDABLE):
+    if differences and _is_extension(differences):
         _check_extension(run, before, resolved)
-    elif differences:
-        named = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
+    elif differences and not _replaceable(run):
+        begun = _entries(run.checkpoints)
+        fork = f", go on from its weights with `hpc-gen fork {run.name}`" if begun else ""
         raise UserError(
-            f"run '{run.name}' was made with other settings: {'; '.join(named[:4])}"
-            f"{' and more' if len(named) > 4 else ''}; choose another name with name=..., go on from its weights with "
-            f"`hpc-gen fork {run.name}`, or remove {run.path}"
+            f"run '{run.name}' was made with other settings: {_named(differences)}; choose another name with "
+            f"name=...{fork}, or remove {run.path}"
         )
-    return resolved
+    return _with_own_tag(run, before, resolved)
+
+
+def notes(run: RunFolder, resolved: Resolved) -> list[str]:
+    """What an experiment that `accepted` has let pass will change in an existing run and its user should know."""
+    if not run.exists():
+        return []
+    before, told = load_run(run), []
+    differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
+    if differences and not _is_extension(differences):
+        told.append(
+            f"run '{run.name}' has no checkpoint yet, so its experiment is replaced in place: {_named(differences)}"
+        )
+    old, new = before.experiment.sample, resolved.experiment.sample
+    if old is not None and new is not None and new.tag == _own_tag(before, resolved, old.tag) != old.tag:
+        told.append(
+            f"samples/{old.tag} is of another checkpoint and stays; the new samples and metrics get the tag '{new.tag}'"
+        )
+    return told
+
+
+def _named(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    named = [f"{key} ({old!r} -> {new!r})" for key, old, new in differences]
+    return f"{'; '.join(named[:4])}{' and more' if len(named) > 4 else ''}"
+
+
+def _is_extension(differences: Sequence[tuple[str, Any, Any]]) -> bool:
+    return {key for key, _, _ in differences} <= set(EXTENDABLE)
+
+
+def _replaceable(run: RunFolder) -> bool:
+    """Whether nothing in the run depends on its experiment, and nobody is at work on it.
+
+    Tables do not count: each has its own recipe, and units theirs in their fingerprint. The rows of attempts that saved
+    nothing are undone by the fresh start (`journal.history`).
+    """
+    folders = (run.checkpoints, run.exports, run.path / "samples", run.path / "features", run.path / "metrics")
+    return not any(_entries(folder) for folder in folders) and control.holder(run) is None
+
+
+def _entries(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+
+
+def _own_tag(before: Resolved, resolved: Resolved, tag: str) -> str:
+    """The tag of the samples at the new end of training: TAG-IMAGES, TAG being without the former end."""
+    old, new = before.experiment.train, resolved.experiment.train
+    return tag if old is None or new is None else f"{tag.removesuffix(f'-{old.end_images}')}-{new.end_images}"
+
+
+def _with_own_tag(run: RunFolder, before: Resolved, resolved: Resolved) -> Resolved:
+    """The experiment with another tag for its samples, where it trains on past the checkpoint of those that are there.
+
+    Images of two checkpoints never share a folder, and the sample stage would refuse it after the training. The same
+    command again finds the tag that it got the first time.
+    """
+    sample, old, new = resolved.experiment.sample, before.experiment, resolved.experiment.train
+    if sample is None or sample.checkpoint != "latest" or old.train is None or new is None:
+        return resolved
+    tag = _own_tag(before, resolved, sample.tag)
+    again = old.sample is not None and old.sample.tag == tag and old.train.end_images == new.end_images
+    if not again and (new.end_images <= old.train.end_images or not _entries(run.samples(sample.tag))):
+        return resolved
+    changes = {"sample.tag": tag}
+    if resolved.experiment.evaluate is not None:
+        changes["evaluate.tag"] = tag
+    return typed(loader.with_changes(resolved, changes))
 
 
 def _take_over(run: RunFolder, resolved: Resolved) -> None:
     """Give an existing run an experiment that `accepted` has let pass."""
     before = load_run(run)
+    for line in notes(run, resolved):
+        print(line, flush=True)
     differences = loader.identity_diff(before, resolved, WEIGHTS_DEPEND_ON)
     if (before.identity, before.operation) != (resolved.identity, resolved.operation):
         facts = {key: value for key, value in facts_of(run).items() if key != "becoming"}
-        if differences:
+        if differences and _is_extension(differences):
             step = {"training_identity": training_identity(before), "changed": [list(each) for each in differences]}
             facts = {**facts, EXTENDED: [*facts.get(EXTENDED, ()), step]}
         # two files do not change at once: a kill in between leaves either experiment, and both are accepted

@@ -18,12 +18,12 @@ from hpc_gen.runtime.claims import Claims, units_in_turn
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, StopRequested, UserError, nearest
 from hpc_gen.runtime.fence import claim_attempt
 from hpc_gen.runtime.journal import Journal
-from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.progress import Progress, count
 from hpc_gen.runtime.rank_detection import detect
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.runtime.stop import StopToken
 from hpc_gen.stages import ending, forecast, width
-from hpc_gen.stages.run_setup import load_run, prepare_run
+from hpc_gen.stages.run_setup import load_run, notes, prepare_run
 from hpc_gen.stages.units import Ledger, StageContext, Unit, UnitWorker
 
 Printer = Callable[[str], None]
@@ -53,8 +53,7 @@ class Width:
 def run_stages(run: RunFolder, stages: Sequence[str] | None, printer: Printer) -> int:
     """Run the named stages (None: all of the experiment) one after the other; returns the first code that is not 0."""
     resolved = load_run(run)
-    chosen = list(stages) if stages else resolved.experiment.stage_order()
-    check_stages(resolved, chosen)
+    chosen = in_order(resolved, stages)
     for number, name in enumerate(chosen, 1):
         printer(f"[{number}/{len(chosen)}] {run.name}: {name}")
         code = launch_stage(run, resolved, name)
@@ -89,13 +88,14 @@ def launch_stage(run: RunFolder, resolved: Resolved, name: str) -> int:
 def plan(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = None) -> list[str]:
     """What `run` would do, a line each, for --dry-run; changes nothing."""
     lines = [f"run folder  {run.path}{'' if run.exists() else ' (new)'}", f"identity    {resolved.identity}"]
-    for name in stages or resolved.experiment.stage_order():
-        check_stage(resolved, name)
+    lines += [f"changes     {note}" for note in notes(run, resolved)]
+    for name in in_order(resolved, stages):
         wide = width_of(resolved, name)
-        kind = "ranks" if name == "train" else "tasks"
+        kind = "rank" if name == "train" else "task"
         train = resolved.experiment.train
         allowed = f", of {train.width} allowed" if name == "train" and train is not None and train.width else ""
-        lines.append(f"stage       {name}: {wide.processes} {kind}, {wide.threads} threads each{allowed}")
+        counts = f"{count(wide.processes, kind)}, {count(wide.threads, 'thread')} each"
+        lines.append(f"stage       {name}: {counts}{allowed}")
     return lines
 
 
@@ -160,6 +160,19 @@ def check_stages(resolved: Resolved, names: Sequence[str] | None) -> None:
     """`check_stage` for each; to be called before a run folder is made or changed, so a typo changes nothing."""
     for name in names or ():
         check_stage(resolved, name)
+
+
+def in_order(resolved: Resolved, names: Sequence[str] | None) -> list[str]:
+    """The stages to run (None: all of the experiment), each once, in the order in which each finds what it needs.
+
+    The order of the key `stages` is the user's own and kept; --stages only chooses. Raises UserError as `check_stage`.
+    """
+    if not names:
+        return resolved.experiment.stage_order()
+    check_stages(resolved, names)
+    own = resolved.experiment.stage_order()
+    order = own if set(names) <= set(own) else resolved.experiment.configured_stages()
+    return [name for name in order if name in names]
 
 
 def width_of(resolved: Resolved, name: str) -> Width:

@@ -106,6 +106,7 @@ def test_a_cosine_is_refused_naming_the_fork(tmp_path: Path) -> None:
 )
 def test_other_changes_are_refused(tmp_path: Path, changes: list[str], message: str) -> None:
     run = run_setup.prepare_run(loader.loads(SHORT), tmp_path)
+    (run.checkpoints / "16").mkdir(parents=True)
     before = run.hashes_path.read_bytes()
     with pytest.raises(UserError, match=message):
         run_setup.change_run(run, changes)

@@ -169,6 +169,7 @@ def test_the_same_command_again_goes_on_whatever_became_of_the_source(base: Work
         UserError, match=r"'train.init_from.weights' cannot be read: .*paths are relative to the workspace"
     ):
         base.train(run)
+    (run.checkpoints / "8").mkdir(parents=True)
     with pytest.raises(UserError, match=r"was made with other settings: train.init_from"):
         prepared(base, "train.init_from.run=source", *ONE_STEP)
 

@@ -40,10 +40,10 @@ def test_the_plan_says_what_would_happen_and_changes_nothing(tmp_path: Path) -> 
         f"run folder  {run.path} (new)",
         f"identity    {found.identity}",
         "stage       train: 2 ranks, 3 threads each",
-        "stage       sample: 4 tasks, 1 threads each",
-        "stage       report: 1 tasks, 1 threads each",
+        "stage       sample: 4 tasks, 1 thread each",
+        "stage       report: 1 task, 1 thread each",
     ]
-    assert runner.plan(run, found, ["sample"])[2:] == ["stage       sample: 4 tasks, 1 threads each"]
+    assert runner.plan(run, found, ["sample"])[2:] == ["stage       sample: 4 tasks, 1 thread each"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,7 +52,7 @@ def test_the_plan_knows_extra_stages_and_existing_runs(tmp_path: Path) -> None:
     run = run_setup.prepare_run(found, tmp_path)
     lines = runner.plan(run, found)
     assert lines[0] == f"run folder  {run.path}"
-    assert "stage       count: 3 tasks, 1 threads each" in lines
+    assert "stage       count: 3 tasks, 1 thread each" in lines
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,7 @@ def test_the_same_experiment_goes_on(tmp_path: Path) -> None:
 )
 def test_other_weights_are_refused_naming_the_key(tmp_path: Path, override: str, change: str) -> None:
     run = run_setup.prepare_run(loads(TINY), tmp_path)
+    (run.checkpoints / "16").mkdir(parents=True)
     before = run.config_path.read_bytes(), run.hashes_path.read_bytes()
     with pytest.raises(UserError, match="run 'tiny' was made with other settings") as info:
         run_setup.prepare_run(loads(TINY, [override]), tmp_path)
