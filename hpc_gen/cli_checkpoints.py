@@ -27,7 +27,7 @@ checkpoints_app = typer.Typer(no_args_is_help=True, help="List, verify, convert 
 @checkpoints_app.command("list", epilog=example("hpc-gen checkpoints list demo-mnist16"))
 def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) -> None:
     """Committed checkpoints of a run, oldest first."""
-    from hpc_gen.runtime.progress import format_count
+    from hpc_gen.runtime.progress import count, format_bytes
     from hpc_gen.training.checkpoint import read
 
     found = read.list_checkpoints(run_of(run, workspace))
@@ -35,7 +35,7 @@ def checkpoints_list(run: Run, workspace: Workspace = None, json: Json = False) 
         print_json([asdict(each) for each in found])
         return
     for each in found:
-        size = f"{format_count(each.bytes):>7}B  {each.world_size} ranks  {each.engine or '-':<9}"
+        size = f"{format_bytes(each.bytes):>8}  {count(each.world_size, 'rank')}  {each.engine or '-':<9}"
         say(f"{each.images_seen:>14,} images  {size}  {each.path}")
     if not found:
         say("no checkpoint yet")

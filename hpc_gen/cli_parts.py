@@ -81,10 +81,11 @@ def end(code: int) -> None:
 def report_problems(what: str, problems: list[str]) -> None:
     """Print problems and a last line, and end with the code that says whether there were any."""
     from hpc_gen.runtime.errors import ExitCode
+    from hpc_gen.runtime.progress import count
 
     for problem in problems:
         say(problem)
-    say(f"{what}: {len(problems)} problems" if problems else f"{what}: whole")
+    say(f"{what}: {count(len(problems), 'problem')}" if problems else f"{what}: whole")
     end(ExitCode.DATA if problems else ExitCode.DONE)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from hpc_gen.data.row_names import Name
 from hpc_gen.data.table import Table
 from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.runtime.progress import format_bytes
 
 SHOWN_CLASSES = 12
 SHOWN_BAD_IMAGES = 5
@@ -47,7 +48,7 @@ def format_info(facts: dict[str, Any]) -> list[str]:
         f"layout    {facts['layout']}"
         + ("" if facts["indexed"] else ", without an index: write one with hpc-gen shards index"),
         f"rows      {facts['rows']:,} in {facts['num_shards']:,} shards of {low if low == high else f'{low} to {high}'}"
-        f" rows, {facts['bytes'] / 1e6:,.1f} MB",
+        f" rows, {format_bytes(facts['bytes'])}",
     ]
     lines.append(
         "names     "

@@ -12,7 +12,7 @@ from typing import Literal
 
 from hpc_gen.runtime import commit, tensor_files
 from hpc_gen.runtime.errors import CheckpointError, UserError
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import count, format_bytes
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import garbage
 from hpc_gen.stages.run_setup import load_run
@@ -48,11 +48,11 @@ def convert(
     if found := read.verify(info.path):
         raise CheckpointError(f"{info.path} is not whole: {found[0]}; choose another with --at")
     if dry_run:
-        say(f"would write {info.path} ({info.world_size} ranks, {format_count(info.bytes)}B) as {to} to {path}")
+        say(f"would write {info.path} ({count(info.world_size, 'rank')}, {format_bytes(info.bytes)}) as {to} to {path}")
         return path
     stored = storage.StoredTensors(info.path)
     size = _merge(info, stored, path) if to == "merged" else _flatten(info, stored, path)
-    say(f"{path}: {len(stored)} tensors, {format_count(size)}B")
+    say(f"{path}: {len(stored)} tensors, {format_bytes(size)}")
     return path
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from hpc_gen.config import yaml_tree
 from hpc_gen.config.errors import ConfigError
 from hpc_gen.runtime.errors import DataError, UserError
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import count, format_bytes
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import save_interval
 from hpc_gen.stages.units import Ledger
@@ -93,7 +93,7 @@ def check(stage: str, need: Need, folder: Path, mode: str, say: Callable[[str], 
     lacks_bytes = need.bytes is not None and need.bytes > here.free_bytes
     lacks_files = here.free_files is not None and need.files > here.free_files
     if lacks_bytes or lacks_files:
-        left = _size(here.free_bytes) if lacks_bytes or here.free_files is None else f"{here.free_files:,} files"
+        left = format_bytes(here.free_bytes) if lacks_bytes or here.free_files is None else f"{here.free_files:,} files"
         sentence = (
             f"stage '{stage}' needs about {told(need)} in {folder}, but only {left} are free; free space (see "
             f"`hpc-gen gc`), or {ADVICE.get(stage, 'ask for less')}"
@@ -119,8 +119,8 @@ def _low(need: Need, here: Room) -> str | None:
 
 def told(need: Need) -> str:
     """In words: "12.0 GB and 50,000 files"."""
-    files = f"{need.files:,} file{'' if need.files == 1 else 's'}"
-    return files if need.bytes is None else f"{_size(need.bytes)} and {files}"
+    files = count(need.files, "file")
+    return files if need.bytes is None else f"{format_bytes(need.bytes)} and {files}"
 
 
 def line(stage: str, need: Need, folder: Path) -> str:
@@ -128,12 +128,7 @@ def line(stage: str, need: Need, folder: Path) -> str:
     here = room(folder)
     unknown = " (how large is not known yet)" if need.bytes is None else ""
     files = f" and {here.free_files:,} files" if here.free_files is not None else ""
-    return f"{stage} will write about {told(need)}{unknown}; {_size(here.free_bytes)}{files} are free"
-
-
-def _size(number: int) -> str:
-    text = format_count(number)
-    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+    return f"{stage} will write about {told(need)}{unknown}; {format_bytes(here.free_bytes)}{files} are free"
 
 
 # ---------------------------------------------------------------- stages

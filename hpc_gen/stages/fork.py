@@ -21,7 +21,7 @@ from hpc_gen.data.table import Table
 from hpc_gen.methods.protocol import Method
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import CheckpointError, UserError
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import format_bytes
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import forecast
 from hpc_gen.stages.build import check_columns, meta_method, open_table, table_facts
@@ -73,7 +73,7 @@ def fork(
     need = forecast.Need(info.bytes, info.world_size + forecast.FILES_PER_CHECKPOINT)
     forecast.check("fork", need, child.path, resolved.experiment.data.forecast, say)
     if dry_run:
-        say(f"would copy {info.path} ({format_count(info.bytes)}B) to {child.path} (new)")
+        say(f"would copy {info.path} ({format_bytes(info.bytes)}) to {child.path} (new)")
         return child
     told = {**origin, "cut_short": cuts_at(run, info.images_seen)}
     facts = {"identity": training_identity(resolved), "table": table.identity, "forked": told}

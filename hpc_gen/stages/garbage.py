@@ -20,7 +20,7 @@ from hpc_gen.runtime import clock, commit, journal
 from hpc_gen.runtime.errors import ExitCode, HpcGenError, UserError
 from hpc_gen.runtime.fence import Fence, claim_attempt, process_start_ticks, read_attempt
 from hpc_gen.runtime.journal import Journal
-from hpc_gen.runtime.progress import format_count, format_duration
+from hpc_gen.runtime.progress import format_bytes, format_duration
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages.control import runs_folder
 from hpc_gen.stages.run_setup import load_run
@@ -85,7 +85,7 @@ def clean_all(workspace: Path, say: Say, *, dry_run: bool = False) -> int:
         for each in orphans:
             commit.remove_tree(each.path)
     total += sum(each.bytes for each in orphans)
-    say(f"{'would free' if dry_run else 'freed'} {format_count(total)}B in all")
+    say(f"{'would free' if dry_run else 'freed'} {format_bytes(total)} in all")
     return total
 
 
@@ -99,9 +99,9 @@ def report(name: str, found: list[Garbage], dry_run: bool) -> Iterator[str]:
         mine = [each for each in found if each.kind == kind]
         if mine:
             size, files = sum(each.bytes for each in mine), sum(each.files for each in mine)
-            yield f"{name}: {verb} {kind}: {len(mine)}, {format_count(size)}B in {files:,} files and folders"
+            yield f"{name}: {verb} {kind}: {len(mine)}, {format_bytes(size)} in {files:,} files and folders"
             for each in mine:
-                yield f"  {format_count(each.bytes):>8}B  {each.path}"
+                yield f"  {format_bytes(each.bytes):>9}  {each.path}"
 
 
 # ---------------------------------------------------------------- who is at work

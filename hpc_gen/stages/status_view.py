@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from hpc_gen.runtime import clock, journal
 from hpc_gen.runtime.errors import UserError
-from hpc_gen.runtime.progress import format_count, format_duration
+from hpc_gen.runtime.progress import count, format_bytes, format_count, format_duration
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages.control import Holder, runs_folder
 from hpc_gen.stages.status import RunStatus, StageStatus, StatusReader, all_runs, ending
@@ -262,13 +262,13 @@ def _facts(found: RunStatus, now: float) -> Iterator[str]:
     if found.held_rank_seconds > 0:
         yield f"  goodput      {_goodput(found)}"
     if found.checkpoints:
-        told = ", ".join(f"{c.images_seen:,} ({format_count(c.bytes)}B)" for c in found.checkpoints[-4:])
+        told = ", ".join(f"{c.images_seen:,} ({format_bytes(c.bytes)})" for c in found.checkpoints[-4:])
         more = f"{len(found.checkpoints) - 4} older, " if len(found.checkpoints) > 4 else ""
         yield f"  checkpoints  {more}{told}"
     for problem in found.unreadable:
         yield f"  checkpoint   {problem}"
     if found.disk is not None:
-        yield f"  disk used    {'' if found.disk.whole else 'at least '}{format_count(found.disk.bytes)}B"
+        yield f"  disk used    {'' if found.disk.whole else 'at least '}{format_bytes(found.disk.bytes)}"
     for line in found.forecast:
         yield f"  disk to come {line}"
     for what, words in found.origins:
@@ -306,6 +306,6 @@ def _attempt_line(attempt: journal.Attempt, running: Holder | None, now: float) 
     at_work = running is not None and running.attempt == attempt.number and attempt.end is None
     lasted = format_duration((now if at_work else attempt.end or attempt.last_seen) - attempt.start)
     start = f" from {attempt.resumed_from:,} images" if attempt.resumed_from is not None else ""
-    width = f", {attempt.world_size} ranks" if attempt.stage == "train" else ""
+    width = f", {count(attempt.world_size, 'rank')}" if attempt.stage == "train" else ""
     ended = "running" if at_work else ending(attempt)
     return f"attempt {attempt.number:<4} {attempt.stage}{start}{width}, {lasted}: {ended}"

@@ -18,7 +18,7 @@ from hpc_gen.config.kl_vae import KlVaeConfig
 from hpc_gen.config.tokenizer import PRESETS_OF
 from hpc_gen.runtime import commit, tensor_files
 from hpc_gen.runtime.errors import DataError, UserError
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import format_bytes
 from hpc_gen.stages.weights import counts, differences
 from hpc_gen.tokenizers import dinov2, vqgan
 from hpc_gen.tokenizers.dinov2_model import Dinov2
@@ -104,8 +104,8 @@ def import_tokenizer(
         **tokenizer.metadata(given),
     }
     target = workspace / FOLDER / f"{name}.safetensors"
-    size = format_count(path.stat().st_size)
-    say(f"{path}: {size}B, SHA-256 {source}; {name}, {counts(tokenizer.model)}")
+    size = format_bytes(path.stat().st_size)
+    say(f"{path}: {size}, SHA-256 {source}; {name}, {counts(tokenizer.model)}")
     if left_out:
         say(f"left out, for training alone needs it: {left_out} tensors")
     if target.exists():
@@ -126,7 +126,7 @@ def verify_tokenizer(name: str, path: Path, say: Say, sha256: str | None = None)
     """
     tokenizer = known(name)
     flat, left_out = _used(tokenizer, path, sha256)
-    say(f"{path}: {format_count(path.stat().st_size)}B, SHA-256 {commit.sha256_file(path)}")
+    say(f"{path}: {format_bytes(path.stat().st_size)}, SHA-256 {commit.sha256_file(path)}")
     say(f"{name}: {counts(tokenizer.model)}")
     if left_out:
         say(f"left out, for training alone needs it: {left_out} tensors")

@@ -28,7 +28,7 @@ from hpc_gen.runtime import clock, commit, env
 from hpc_gen.runtime.errors import CheckpointError, CollectiveError, ExitCode, FencedError, HpcGenError, UserError
 from hpc_gen.runtime.fence import Fence, claim_attempt
 from hpc_gen.runtime.journal import Journal
-from hpc_gen.runtime.progress import Progress
+from hpc_gen.runtime.progress import Progress, count
 from hpc_gen.runtime.rank_detection import detect
 from hpc_gen.runtime.rank_watch import blamed
 from hpc_gen.runtime.ranks import Ranks
@@ -393,10 +393,9 @@ def _begin(run: RunFolder, job: loop.TrainJob, attempt: Attempt, resolved: Resol
         resumed_from=resumed_from,
         identity=resolved.identity,
     )
-    if resumed_from is None:
-        job.say(f"train {run.name}: from the start, {job.ranks.world_size} ranks, attempt {attempt.number}")
-    else:
-        job.say(f"train {run.name}: from {resumed_from} images, {job.ranks.world_size} ranks, attempt {attempt.number}")
+    begun = "the start" if resumed_from is None else f"{resumed_from} images"
+    ranks = count(job.ranks.world_size, "rank")
+    job.say(f"train {run.name}: from {begun}, {ranks}, attempt {attempt.number}")
 
 
 class _Silent(Progress):

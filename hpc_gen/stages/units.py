@@ -77,7 +77,7 @@ class Ledger:
     def __init__(self, folder: Path, root: Path) -> None:
         """`folder` holds the records of the run in `root`.
 
-        Paths in them are relative to `root` or to the run's workspace where possible: either may be moved, or be mounted
+        Paths in them are relative to `root` or to the run's workspace where possible: either may be moved, or lie
         elsewhere on another node.
         """
         self.folder = folder

@@ -17,7 +17,7 @@ from hpc_gen.methods import registry
 from hpc_gen.methods.protocol import Method, TableFacts
 from hpc_gen.runtime import commit, tensor_files
 from hpc_gen.runtime.errors import UserError, nearest
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import format_bytes
 from hpc_gen.stages.build import meta_method, open_table, table_facts
 from hpc_gen.stages.run_setup import typed
 
@@ -130,7 +130,7 @@ def verify_weights(
     role = chosen_role(list(roles), role)
     module = roles[role]
     nested = tensor_files.read_nested(path, sha256)
-    say(f"{path}: {format_count(path.stat().st_size)}B, SHA-256 {commit.sha256_file(path)}")
+    say(f"{path}: {format_bytes(path.stat().st_size)}, SHA-256 {commit.sha256_file(path)}")
     say(f"role '{role}' of the experiment: {counts(module)}")
     names = {name for name, _ in module.named_parameters()}
     total = 0

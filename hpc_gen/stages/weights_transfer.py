@@ -25,7 +25,7 @@ from hpc_gen.runtime import clock, tensor_files
 from hpc_gen.runtime.errors import CheckpointError, DataError, ExitCode, HpcGenError, UserError, nearest
 from hpc_gen.runtime.fence import Fence, claim_attempt
 from hpc_gen.runtime.journal import Journal
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import format_bytes
 from hpc_gen.runtime.rank_detection import RankInfo
 from hpc_gen.runtime.ranks import Ranks
 from hpc_gen.runtime.run_folder import RunFolder
@@ -245,8 +245,8 @@ def export_weights(
     }
     begun = clock.monotonic()
     digest = tensor_files.write_tensors(path, tensors, metadata)
-    size = format_count(path.stat().st_size)
-    say(f"{path}: {len(tensors)} tensors, {size}B, SHA-256 {digest} ({clock.monotonic() - begun:.1f} s)")
+    size = format_bytes(path.stat().st_size)
+    say(f"{path}: {len(tensors)} tensors, {size}, SHA-256 {digest} ({clock.monotonic() - begun:.1f} s)")
     return path
 
 

@@ -293,7 +293,7 @@ def _log(job: TrainJob, timing: Timing, extra: Mapping[str, float], close: bool)
         job.progress.update(
             job.state.images_seen,
             loss=data.get("loss"),
-            data_wait=timing.data_wait / elapsed if elapsed > 0 else None,
+            data_wait=f"{timing.data_wait / elapsed:.1%}" if elapsed > 0 else None,
             save_stall_s=timing.save_stall,
             mfu=job.meter.mfu(timing.images, elapsed - timing.other),
         )

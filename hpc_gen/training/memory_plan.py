@@ -26,7 +26,7 @@ from torch import nn
 
 from hpc_gen.config.experiment import TrainConfig
 from hpc_gen.methods.protocol import Method, ParallelPlan
-from hpc_gen.runtime.progress import format_count
+from hpc_gen.runtime.progress import count, format_bytes
 from hpc_gen.runtime.ranks import Ranks, fake_ranks
 from hpc_gen.training.engines.base import Holder
 
@@ -68,19 +68,19 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """For people: a line per class, then the sum."""
-        found = [f"{self.engine} on {self.world_size} ranks; bytes of the most loaded one"]
+        found = [f"{self.engine} on {count(self.world_size, 'rank')}; bytes of the most loaded one"]
         for name in CLASSES:
             if name not in self.bytes:
                 found.append(f"{name:<12} {'?':>8}")
                 continue
             where = "  in host memory" if name in self.on_host else "  as activations go" if name in self.late else ""
-            found.append(f"{name:<12} {_size(self.bytes[name]):>8}{where}")
-        return [*found, f"{'together':<12} {_size(self.device_bytes):>8}"]
+            found.append(f"{name:<12} {format_bytes(self.bytes[name]):>8}{where}")
+        return [*found, f"{'together':<12} {format_bytes(self.device_bytes):>8}"]
 
     def summary(self) -> str:
         """In one line."""
-        parts = [f"{name} {_size(self.bytes[name])}" for name in CLASSES if self.bytes.get(name)]
-        return f"{_size(self.device_bytes)} per rank: {', '.join(parts)}"
+        parts = [f"{name} {format_bytes(self.bytes[name])}" for name in CLASSES if self.bytes.get(name)]
+        return f"{format_bytes(self.device_bytes)} per rank: {', '.join(parts)}"
 
 
 def plan_memory(
@@ -239,7 +239,3 @@ def _told(config: TrainConfig, world_size: int) -> str:
     if engine.shards is not None and engine.shards < world_size:
         name += f", {world_size // engine.shards} copies of {engine.shards} shards"
     return name + (f", parameters seen in {engine.param_dtype}" if engine.param_dtype else "")
-
-
-def _size(number: int) -> str:
-    return f"{format_count(number)}B"

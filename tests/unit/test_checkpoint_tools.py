@@ -76,7 +76,7 @@ def test_a_merged_checkpoint_is_the_one_that_one_rank_writes(trained: RunFolder,
     assert content.world_size == 1
     assert content.facts["converted"] == {"manifest": read.manifest_sha256(origin), "world_size": 3}
     assert content.facts["digest"] == manifest.read(origin).facts["digest"]
-    assert said == [f"{path}: {len(storage.keys(path))} tensors, {said[0].rpartition(' ')[2]}"]
+    assert said == [f"{path}: {len(storage.keys(path))} tensors, {said[0].rpartition(', ')[2]}"]
 
 
 def test_one_tensor_at_a_time_is_in_memory(sharded: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

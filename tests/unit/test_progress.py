@@ -8,7 +8,7 @@ import math
 import pytest
 
 from hpc_gen.runtime import clock
-from hpc_gen.runtime.progress import Progress, format_count, format_duration
+from hpc_gen.runtime.progress import Progress, count, format_bytes, format_count, format_duration
 
 
 class Terminal(io.StringIO):
@@ -153,3 +153,15 @@ def test_format_duration(seconds: float | None, text: str) -> None:
 )
 def test_format_count(number: float, text: str) -> None:
     assert format_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (40_000, "40.0 kB"), (1_234_567, "1.2 MB"), (5.4e9, "5.4 GB")]
+)
+def test_bytes(number: float, text: str) -> None:
+    assert format_bytes(number) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 tasks"), (1, "1 task"), (2, "2 tasks"), (1200, "1,200 tasks")])
+def test_a_count_of_things(number: int, text: str) -> None:
+    assert count(number, "task") == text

@@ -107,7 +107,7 @@ def test_preempted_run(run: RunFolder) -> None:
     assert found.startswith("toy: train preempted, state saved (SIGTERM); `hpc-gen resume` goes on\n")
     assert table(run)["train"] == ("requeued", "128 of 640 images (20%)", "", "1", "preempted, state saved (SIGTERM)")
     assert "newest row   at 128 images: loss 0.25, lr 0.001" in found
-    assert "checkpoints  128 (1.5kB)" in found
+    assert "checkpoints  128 (1.5 kB)" in found
     assert re.search(r"attempt 1    train, 2 ranks, [\d.]+s: preempted, state saved \(SIGTERM\)", found)
 
 

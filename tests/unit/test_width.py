@@ -134,4 +134,4 @@ def test_the_plan_names_the_ranks_that_would_start(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(width, "_cores", lambda: 3)
     run = RunFolder(tmp_path / "runs" / "wide")
     lines = runner.plan(run, experiments.resolved(*WIDE, "train.width=[1,2,4]"), ["train"])
-    assert lines[-1] == "stage       train: 2 ranks, 1 threads each, of [1, 2, 4] allowed"
+    assert lines[-1] == "stage       train: 2 ranks, 1 thread each, of [1, 2, 4] allowed"
