@@ -24,13 +24,15 @@ from hpc_gen.metrics.results import MetricRecord
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, HpcGenError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages import run_setup
+from hpc_gen.stages import reference_size, run_setup
 from hpc_gen.stages.control import find_run, runs_folder
 from hpc_gen.training.checkpoint import read as checkpoints
 
 POINTS, FEATURES, SCORES = "points", "features", "scores"
 STAGES = {name: f"eval_jobs.sweep:{name}" for name in (POINTS, FEATURES, SCORES)}
 WANTED_NAME = "wanted.json"  # names of the points that are wanted: what a task at work looks at
+COMPUTED_BY = {"precision": "prc", "recall": "prc", "density": "density_coverage", "coverage": "density_coverage"}
+"""Numbers that go by another name than the metric of `evaluate.metrics` that computes them."""
 HIGHER_IS_BETTER = frozenset({"isc", "precision", "recall", "density", "coverage"})
 
 
@@ -137,8 +139,27 @@ def plan(grid: SweepConfig, workspace: Path, say: Callable[[str], None] | None =
     named = {point_name(each, grid.sample): each for each in (_with_checkpoint(point, run) for point in points)}
     sweep = Sweep(grid.name, grid.run, named, grid.sample, grid.evaluate, grid.metric)
     for name in list(named)[:1] + list(named)[-1:]:
-        sweep.resolved(base, name)  # a mistyped setting is refused here
+        found = sweep.resolved(base, name)  # a mistyped setting is refused here
+        _check_metric(grid, found)
+        reference_size.check(found.experiment, workspace)
     return sweep, _experiment(sweep, base, grid.tasks)
+
+
+def _check_metric(grid: SweepConfig, resolved: Resolved) -> None:
+    """Raise UserError when the points are to be compared by a number that nobody computes."""
+    evaluate = resolved.experiment.evaluate
+    if evaluate is None:
+        raise UserError(
+            f"run '{grid.run}' has no section 'evaluate', which says how points are scored; give the sweep "
+            f"'{grid.name}' one"
+        )
+    needed = COMPUTED_BY.get(grid.metric, grid.metric)
+    if needed not in evaluate.metrics:
+        asked = "" if needed == grid.metric else f" (of the metric '{needed}')"
+        raise UserError(
+            f"the sweep '{grid.name}' goes by 'metric' = '{grid.metric}'{asked}, which is not among 'evaluate.metrics' "
+            f"= [{', '.join(evaluate.metrics)}]; name it in both, or go by another"
+        )
 
 
 def _with_checkpoint(point: Point, run: RunFolder) -> Point:

@@ -153,6 +153,15 @@ def open_images(path: Path) -> FolderImages | NpzImages:
     raise UserError(f"{path} is neither a folder of images nor an .npz file; name one that is")
 
 
+def shape_of(path: Path) -> tuple[int, ...]:
+    """[3, H, W] of the images at a path, by the first that is found: a long folder is not listed. Raises as
+    `open_images`."""
+    for each in path.rglob("*") if path.is_dir() else ():
+        if each.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in each.parts[-3:]):
+            return tuple(_pixels(each).shape)
+    return open_images(path).shape
+
+
 def _pixels(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:

@@ -83,6 +83,13 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         except FileExistsError:
             if not folder.is_dir():
                 raise UserError(f"{folder} is a file where a folder is needed; move it away") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTSUP, errno.ENOSYS) or not folder.parent.is_dir():
+                raise
+            # the parent is there, but some file systems (/proc, an autofs mount) let nobody make folders
+            raise UserError(
+                f"no folder can be made in {folder.parent} ({os.strerror(error.errno)}); use another workspace"
+            ) from error
         ops.fsync_dir(folder.parent)
     return folder
 

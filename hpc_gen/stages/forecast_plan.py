@@ -20,7 +20,9 @@ def lines(run: RunFolder, resolved: Resolved, stages: Sequence[str] | None = Non
         try:
             told = _encode(run, resolved) if name == "encode" else _train(run, resolved) if name == "train" else None
         except HpcGenError as error:
-            found.append(f"{name}: not known yet ({error})")
+            # what encode reads, nothing before it makes: it would fail, as things are
+            certain = name == "encode" and not resolved.experiment.extra_stages
+            found.append(f"{name}: would be refused now: {error}" if certain else f"{name}: not known yet ({error})")
             continue
         told = told or forecast.stage_need(run, resolved.experiment, name)
         if told is not None:

@@ -15,7 +15,7 @@ from hpc_gen.methods import registry
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
-from hpc_gen.stages import control, origin, outline
+from hpc_gen.stages import control, origin, outline, reference_size
 
 PACKAGES = ("hpc_gen", "shard_tools", "eval_jobs", "slurm")
 WEIGHTS_DEPEND_ON = ("seed", "method", "data", "encode", "train")
@@ -67,6 +67,7 @@ def change_run(run: RunFolder, overrides: Sequence[str]) -> None:
 
 def accepted(run: RunFolder, resolved: Resolved, workspace: Path) -> Resolved:
     """A typed experiment as the run would have it, its first weights pinned; refused where an existing run cannot."""
+    reference_size.check(resolved.experiment, workspace)
     if not run.exists():
         return origin.pinned(resolved, workspace)
     before = load_run(run)

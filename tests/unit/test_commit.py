@@ -95,6 +95,11 @@ def test_a_new_folder_is_made_durable_before_anything_is_put_into_it(tmp_path: P
         commit.make_folder(tmp_path / "file")
 
 
+def test_a_folder_in_which_none_can_be_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder can be made in /proc \(.*\); use another workspace"):
+        commit.make_folder("/proc/hpc-gen/runs")
+
+
 def test_the_final_name_holds_old_or_new_at_every_operation(tmp_path: Path) -> None:
     final = tmp_path / "a"
     commit.write_bytes(final, b"old")

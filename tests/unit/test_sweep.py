@@ -354,10 +354,17 @@ def test_points_measured_otherwise_are_told(workspace):
             "fixes 'guidance', which is searched",
         ),
         ({"name": "toy"}, "has the name of its run; give it another"),
+        (
+            {"metric": "isc"},
+            r"goes by 'metric' = 'isc', which is not among 'evaluate\.metrics' = \[fid, kid\]; name it in both, or go by",
+        ),
+        ({"metric": "recall"}, r"goes by 'metric' = 'recall' \(of the metric 'prc'\), which is not among"),
+        ({"sample": {}, "evaluate": {"reference": {"table": "tables/large"}}}, "8 x 8 pixels .*tables/large.* 16 x 16"),
         ({"metrics": "fid"}, r"grid\.yaml:\d+.*'metrics'.*did you mean 'metric'"),
     ],
 )
 def test_wrong_grids_are_refused_before_anything_is_written(workspace, changes, message):
+    toy_run.write_table(workspace / "tables/large", size=16)
     with pytest.raises((ConfigError, HpcGenError), match=message):
         sweep_plan.plan(_grid(workspace, **changes), workspace)
     assert not (workspace / "runs" / "grid").exists()
