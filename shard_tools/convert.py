@@ -151,20 +151,24 @@ def _write(
         "columns": names,
         "half": wish.half,
     }
-    _refuse_other(target, work)
+    _refuse_other(target, work, len(rows))
     output = Output("", target, work, rows, wish.shard_rows, wish.layout, _files(source, wish, rows))
     told = f"{len(rows):,} rows in {output.num_units:,} shards of up to {wish.shard_rows:,} ({wish.layout})"
     if dry_run:
         say(f"{target}: would write {told}, columns {', '.join(names)}")
         return None
     facts: list[dict[str, Any]] = []
-    with Progress(len(rows), f"convert to {target.name}", unit="rows") as progress:
+    there, written = (target / INDEX_NAME).is_file(), 0
+    with Progress(len(rows), f"{'check' if there else 'convert to'} {target.name}", unit="rows") as progress:
         for unit in range(output.num_units):
-            facts.append(whole_unit(output, unit) or _write_unit(source, output, unit, names, wish))
+            whole = whole_unit(output, unit)
+            written += whole is None
+            facts.append(whole or _write_unit(source, output, unit, names, wish))
             progress.update(min(len(rows), (unit + 1) * wish.shard_rows))
     index = _index(source, facts, wish, recipe)
     index.write(target)
-    say(f"{target / INDEX_NAME}: {told}, identity {index.identity}")
+    done = "done already, and whole: " if there and not written else ""
+    say(f"{target / INDEX_NAME}: {done}{told}, identity {index.identity}")
     return index
 
 
@@ -258,8 +262,9 @@ def _index(source: Rows, facts: list[dict[str, Any]], wish: Wish, recipe: dict[s
     )
 
 
-def _refuse_other(target: Path, work: dict[str, Any]) -> None:
-    """Raise UserError when `target` holds what this conversion did not write; sweep what it left unfinished."""
+def _refuse_other(target: Path, work: dict[str, Any], num_rows: int) -> None:
+    """Raise UserError when `target` holds what this conversion (of `num_rows`) did not write; sweep what it left
+    unfinished."""
     if not target.is_dir():
         return
     listed = sorted((target / FACTS_FOLDER).glob("*.json"))
@@ -270,10 +275,22 @@ def _refuse_other(target: Path, work: dict[str, Any]) -> None:
             raise DataError(f"{path} holds no facts of a shard ({error!r}); delete the folder {target}") from error
         for key, old, new in differences(found, work):
             raise UserError(
-                f"{target} holds a table that was written otherwise ({key} = {old!r}, asked is {new!r}); name another "
-                "folder, or delete it"
+                f"{target} holds a table that was written otherwise ({_other(target, key, old, new, num_rows)}); name "
+                "another folder, or delete it"
             )
     strangers = [file for layout in LAYOUTS for file in shard_files(target, layout)] if not listed else []
     if not listed and (strangers or (target / INDEX_NAME).exists()):
         raise UserError(f"{target} holds another table already; name another folder, or delete it")
     commit.sweep(target / FACTS_FOLDER)
+
+
+def _other(target: Path, key: str, old: Any, new: Any, num_rows: int) -> str:
+    """How what lies in `target` differs, in words; hashes of rows and tables tell nobody anything."""
+    if key == "converted":
+        return "of another table, or of one that has changed since"
+    if key != "rows":
+        return f"{key} = {old!r}, asked is {new!r}"
+    held = TableIndex.read(target).rows if (target / INDEX_NAME).is_file() else None
+    if held in (None, num_rows):
+        return "other rows of the table"  # an unfinished one, or another --seed
+    return f"it has {held:,} rows, asked are {num_rows:,}"

@@ -100,6 +100,14 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path: Path) -> 
     assert content(tmp_path / "b") == before
 
 
+def test_what_is_done_already_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_source(tmp_path / "a")
+    for done, label in ((False, "convert to b  "), (True, "check b  ")):
+        convert(open_rows(tmp_path / "a"), tmp_path / "b", Wish(), say)
+        assert HERE[-1].startswith(f"{tmp_path / 'b' / 'index.json'}: done already, and whole: 20 rows in 3") == done
+        assert capsys.readouterr().out.startswith(label)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     make_source(tmp_path / "a")
     make_source(tmp_path / "b")
@@ -135,6 +143,11 @@ def test_split_gives_every_row_to_one(tmp_path: Path) -> None:
     assert train.index.num_classes == 4 and train.identity != held_out.identity
     split(open_rows(tmp_path / "a"), tmp_path / "t2", tmp_path / "v2", 5, Wish(shard_rows=4), say, seed=1)
     assert Table.open(tmp_path / "v2").identity != held_out.identity
+    for rows, seed, how in ((6, 0, "it has 5 rows, asked are 6"), (5, 1, "other rows of the table")):
+        with pytest.raises(UserError, match=rf"v holds a table that was written otherwise \({how}\); name another"):
+            split(open_rows(tmp_path / "a"), tmp_path / "t", tmp_path / "v", rows, Wish(shard_rows=4), say, seed=seed)
+    with pytest.raises(UserError, match=r"t holds a table that was written otherwise \(of another table, or of one"):
+        split(open_rows(tmp_path / "t2"), tmp_path / "v3", tmp_path / "t", 5, Wish(shard_rows=4), say)
     with pytest.raises(UserError, match="cannot hold out 20 of 20 rows; both tables need at least one"):
         split(open_rows(tmp_path / "a"), tmp_path / "t3", tmp_path / "v3", 20, Wish(), say)
 
