@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hpc_gen.runtime.errors import UserError
 
+NO_ROOM = ("the disk is full", "the disk quota is used up")  # how the sentences of such errors can be told
 _WRITE_BYTES = 1 << 30  # Linux writes at most 2 GiB - 4 KiB in one call
 
 
@@ -46,7 +47,7 @@ class FileOperations:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+                what = NO_ROOM[0 if error.errno == errno.ENOSPC else 1]
                 free = _free_bytes(path)
                 raise UserError(
                     f"cannot write {num_bytes} bytes to {path}: {what} ({free} bytes free); "

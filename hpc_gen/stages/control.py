@@ -92,7 +92,7 @@ def preempt(
         raise UserError(
             f"nothing is running in {run.path}, so there is nothing to preempt; see `hpc-gen status {run.name}`"
         )
-    who = f"attempt {found.attempt} ({found.stage or 'train'})"
+    who = f"attempt {found.attempt} ({found.stage})"
     would = "would send" if dry_run else "sending"
     if found.here:
         say(f"{would} SIGTERM to process {found.pid}, {who} on this host")
@@ -134,7 +134,7 @@ def _as_holder(run: RunFolder, facts: dict[str, Any], attempt: int) -> Holder:
     pid, host = int(facts.get("pid", -1)), str(facts.get("host", ""))
     started = process_start_ticks(pid) if host == socket.gethostname() and pid > 0 else None
     here = started is not None and started == facts.get("pid_start")
-    stage = str(facts.get("stage") or read_attempt(run, attempt).get("stage") or "")
+    stage = str(facts.get("stage") or read_attempt(run, attempt).get("stage") or "train")  # which alone has a lock
     return Holder(attempt, stage, pid, host, here)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hpc_gen.config.experiment import Experiment, TrainConfig
     from hpc_gen.methods.protocol import Method
 
+NO_ROOM = "are free; free space"  # how the sentence of a refusal can be told
 LOW_SHARE = 0.1  # of the file system; less than that left is worth a line
 PNG_SHARE = 0.75  # of the raw bytes of an image; photographs take about that, noise all of them
 FEATURE_BYTES = 4 * (2048 + 1008 + 2)  # per image where features are kept in its place: Inception's, hash and number
@@ -95,7 +96,7 @@ def check(stage: str, need: Need, folder: Path, mode: str, say: Callable[[str], 
     if lacks_bytes or lacks_files:
         left = format_bytes(here.free_bytes) if lacks_bytes or here.free_files is None else f"{here.free_files:,} files"
         sentence = (
-            f"stage '{stage}' needs about {told(need)} in {folder}, but only {left} are free; free space (see "
+            f"stage '{stage}' needs about {told(need)} in {folder}, but only {left} {NO_ROOM} (see "
             f"`hpc-gen gc`), or {ADVICE.get(stage, 'ask for less')}"
         )
         if mode == "refuse":

@@ -11,6 +11,7 @@ from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.training.checkpoint import manifest
 
 FORKED = "forked_from"  # key of hashes.json
+TABLE_WAS_THERE = ("forked from", "imported from")  # of `origins`: both refuse to begin without the table
 
 
 def forked_from(run: RunFolder) -> Mapping[str, Any] | None:

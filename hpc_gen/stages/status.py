@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hpc_gen.config.errors import ConfigError
-from hpc_gen.runtime import clock, goodput, journal
+from hpc_gen.runtime import clock, file_operations, goodput, journal
 from hpc_gen.runtime.errors import CheckpointError, ExitCode
 from hpc_gen.runtime.run_folder import RunFolder
 from hpc_gen.stages import forecast, outline
 from hpc_gen.stages.control import Holder, holder, lost_holder, runs_folder
-from hpc_gen.stages.parent import origins
+from hpc_gen.stages.parent import TABLE_WAS_THERE, origins
 from hpc_gen.training.checkpoint import manifest
 
 ENDINGS = {
@@ -36,6 +36,7 @@ _WORDS = {
     ExitCode.REQUEUE_ELSEWHERE: "requeued",
     ExitCode.STOPPED: "stopped",
 }
+_NO_ROOM = (*file_operations.NO_ROOM, forecast.NO_ROOM)  # told apart from mistakes: nothing is wrong with the config
 RATE_WINDOW_S = 600.0  # the rate is that of the last ten minutes of the attempt: what an estimate may go by
 DISK_LIMIT_S = 0.2  # a run folder may hold a million small files on a slow file system; nobody waits for their sum
 
@@ -165,7 +166,8 @@ def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus
     running = holder(run)
     checkpoints, unreadable = _checkpoints(run)
     images_seen = max([*(c.images_seen for c in checkpoints), *(row.images_seen for row in rows[-1:])], default=0)
-    stages: list[StageStatus] = []
+    began, stages = origins(run), list[StageStatus]()
+    with_table = [what for what, _ in began if what in TABLE_WAS_THERE]
     for name, total, unit in ((stage.name, stage.total, stage.unit) for stage in planned.stages):
         mine = [attempt for attempt in attempts if attempt.stage == name]
         done = images_seen if name == "train" else _committed_units(run, name)
@@ -173,6 +175,8 @@ def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus
             rate = _recent_rate(_progress(name, running.attempt, rows, events))
             left = None if total is None or not rate else max(0.0, (total - done) / rate)
             stages.append(StageStatus(name, "running", "", done, total, unit, len(mine), rate, left))
+        elif name == "encode" and not mine and with_table:
+            stages.append(StageStatus(name, "done", f"{with_table[0]} where the table was there", done, total, unit, 0))
         else:
             state, cause = _rest(mine[-1] if mine else None, name != "train" or total is None or done >= total)
             stages.append(StageStatus(name, state, cause, done, total, unit, len(mine)))
@@ -195,7 +199,7 @@ def _status(run: RunFolder, events: journal.Events, *, whole: bool) -> RunStatus
         last_seen=max((attempt.last_seen for attempt in attempts), default=None),
         disk=disk_use(run.path) if whole else None,
         forecast=tuple(forecast.of_run(run)) if whole else (),
-        origins=tuple(origins(run)),
+        origins=tuple(began),
     )
 
 
@@ -225,6 +229,8 @@ def ending(attempt: journal.Attempt) -> str:
         return "killed without a word (its last sign of life is the end)"
     known = attempt.exit_code in set(ExitCode)
     word = ENDINGS[ExitCode(attempt.exit_code)] if known else f"ended with code {attempt.exit_code}"
+    if attempt.exit_code == ExitCode.USER and any(words in (attempt.cause or "") for words in _NO_ROOM):
+        word = "ended for want of room on the disk"
     told = attempt.cause if attempt.cause not in (None, "done", word) else None
     return f"{word} ({told})" if told else word
 

@@ -236,6 +236,8 @@ def _current(run: RunStatus) -> StageStatus:
 
 
 def _amount(stage: StageStatus) -> str:
+    if stage.state == "done" and not stage.attempts and not stage.done:
+        return ""  # nothing was to be done
     if stage.total is None:
         return f"{stage.done:,} {stage.unit}"
     share = f" ({stage.done / stage.total:.0%})" if stage.total and 0 < stage.done < stage.total else ""

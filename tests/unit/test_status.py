@@ -121,6 +121,52 @@ def test_killed_run(run: RunFolder) -> None:
     assert table(run)["train"][0] == "killed"
 
 
+FULL = "cannot write 9 bytes to /x: the disk is full (0 bytes free); free some space or use another workspace"
+TIGHT = "stage 'train' needs about 2 B in /x, but only 1 B are free; free space (see `hpc-gen gc`), or lower keep_last"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (FULL, "ended for want of room on the disk"),
+        (FULL.replace("the disk is full", "the disk quota is used up"), "ended for want of room on the disk"),
+        (TIGHT, "ended for want of room on the disk"),
+        ("train.ranks=3 does not fit", "ended by a mistake in the command or config"),
+    ],
+)
+def test_a_full_disk_is_told_from_a_mistake(run: RunFolder, cause: str, words: str) -> None:
+    train(run, None, 128, 2, cause)
+    assert text(run).startswith(f"toy: train {words} ({cause})\n")
+
+
+@pytest.mark.parametrize("origin", ["forked_from", "imported", None])
+def test_a_fork_or_import_has_its_table(run: RunFolder, origin: str | None) -> None:
+    run.config_path.write_text(
+        CONFIG.replace("table: tables/toy", "table: tables/toy, validation_table: tables/val")
+        + "encode: {source: mnist, image_size: 8}\n"
+    )
+    if origin == "forked_from":
+        fork = {"run": "parent", "images_seen": 64, "identity": "a", "manifest_sha256": "b", "changed": []}
+        run.hashes_path.write_text(json.dumps({origin: fork}))
+    train(run, None, 128, None, "")
+    if origin == "imported":
+        path = run.checkpoints / f"{128:012d}" / "manifest.json"
+        content = {**json.loads(path.read_text()), "facts": {"imported": {"file": "a.pth", "sha256": "c"}}}
+        path.write_text(json.dumps(content))
+    told = {"forked_from": "forked from", "imported": "imported from"}
+    if origin is None:
+        assert table(run)["encode"] == ("waiting", "0 units", "", "", "")
+    else:
+        assert table(run)["encode"] == ("done", "", "", "", f"{told[origin]} where the table was there")
+
+
+def test_a_lock_without_a_journal_is_of_training(run: RunFolder) -> None:
+    number = claim_attempt(run, "train")
+    Fence.take(run, number)
+    attempt_path(run, number).unlink()
+    assert "running here: attempt 1 (train), process" in text(run)
+
+
 def test_failed_run_is_not_told_to_resume(run: RunFolder) -> None:
     train(run, None, 128, 75, "loss stayed NaN")
     assert text(run).startswith("toy: train diverged (loss stayed NaN)\n")
