@@ -21,6 +21,7 @@ from hpc_gen.config.loader import Resolved
 from hpc_gen.config.sweep import OF_THE_SAMPLE, Point, SweepConfig, each_once, point_name, rounded
 from hpc_gen.metrics import results
 from hpc_gen.metrics.results import MetricRecord
+from hpc_gen.metrics.suite import PARTS
 from hpc_gen.runtime import commit
 from hpc_gen.runtime.errors import DataError, HpcGenError, UserError
 from hpc_gen.runtime.run_folder import RunFolder
@@ -31,8 +32,6 @@ from hpc_gen.training.checkpoint import read as checkpoints
 POINTS, FEATURES, SCORES = "points", "features", "scores"
 STAGES = {name: f"eval_jobs.sweep:{name}" for name in (POINTS, FEATURES, SCORES)}
 WANTED_NAME = "wanted.json"  # names of the points that are wanted: what a task at work looks at
-COMPUTED_BY = {"precision": "prc", "recall": "prc", "density": "density_coverage", "coverage": "density_coverage"}
-"""Numbers that go by another name than the metric of `evaluate.metrics` that computes them."""
 HIGHER_IS_BETTER = frozenset({"isc", "precision", "recall", "density", "coverage"})
 
 
@@ -153,7 +152,7 @@ def _check_metric(grid: SweepConfig, resolved: Resolved) -> None:
             f"run '{grid.run}' has no section 'evaluate', which says how points are scored; give the sweep "
             f"'{grid.name}' one"
         )
-    needed = COMPUTED_BY.get(grid.metric, grid.metric)
+    needed = next((metric for metric, parts in PARTS.items() if grid.metric in parts), grid.metric)
     if needed not in evaluate.metrics:
         asked = "" if needed == grid.metric else f" (of the metric '{needed}')"
         raise UserError(

@@ -8,9 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpc_gen.config.experiment import Experiment
-from hpc_gen.data import image_files
 from hpc_gen.data.index import INDEX_NAME, TableIndex
-from hpc_gen.metrics import suite
 from hpc_gen.runtime.errors import UserError
 
 PIXELS = "pixels"
@@ -24,6 +22,8 @@ def check(experiment: Experiment, workspace: Path) -> None:
     evaluate, side = experiment.evaluate, experiment.method.get("image_size")
     if evaluate is None or not isinstance(side, int):
         return
+    from hpc_gen.metrics import suite  # here, because every start of a run's process imports this module
+
     if not suite.needs_images(evaluate.metrics, evaluate.reference.statistics is not None):
         return
     named = evaluate.reference.table or evaluate.reference.images
@@ -42,6 +42,8 @@ def _size(experiment: Experiment, workspace: Path) -> tuple[int, int] | None:
     assert experiment.evaluate is not None
     named, encode, data = experiment.evaluate.reference, experiment.encode, experiment.data
     if named.images is not None:
+        from hpc_gen.data import image_files
+
         path = workspace / named.images
         height, width = image_files.shape_of(path)[-2:] if path.exists() else (0, 0)
         return (height, width) if height else None
