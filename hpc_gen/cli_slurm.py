@@ -112,13 +112,13 @@ def _submit_array(
     """A run for each value of the axes, the trainings of all in one array."""
     from hpc_gen.config import loader
     from hpc_gen.runtime.run_folder import RunFolder
-    from hpc_gen.stages import control, run_setup
+    from hpc_gen.stages import control, run_setup, runner
     from slurm import arrays, axes, commands
 
     experiments = [loader.load(config, own) for own in axes.expand(name, array, overrides)]
     folders = [RunFolder(control.runs_folder(root) / each.experiment.name) for each in experiments]
     runs = [(run, run_setup.accepted(run, run_setup.typed(each), root)) for run, each in zip(folders, experiments)]
-    chosen, slurm = stage_names(stages) or runs[0][1].experiment.stage_order(), commands.Commands()
+    chosen, slurm = runner.in_order(runs[0][1], stage_names(stages)), commands.Commands()
     if not dry_run:
         arrays.refuse_second(folders, slurm)
         for each in experiments:
@@ -157,10 +157,14 @@ def resume_on(
 
 def submit_folder(folder: Any, resolved: Any, cluster: str, profile: Any, stages: str | None, dry_run: bool) -> None:
     """Submit the stages of a run folder, or show what would be submitted; `stages`: comma-separated, None = all."""
+    from hpc_gen.stages import run_setup, runner
     from slurm import commands, graph, submission
 
-    chosen = stage_names(stages) or resolved.experiment.stage_order()
-    if not dry_run:
+    chosen = runner.in_order(resolved, stage_names(stages))
+    if dry_run:
+        for note in run_setup.notes(folder, resolved):
+            say(f"would change  {note}")
+    else:
         _download(resolved, folder.workspace, chosen)
     plans = graph.plan_stages(folder, resolved, profile, chosen, say, dry_run=dry_run)
     slurm = commands.Commands()

@@ -164,3 +164,14 @@ def test_a_mistyped_stage_changes_nothing(desk: Desk, fake: FakeSlurm) -> None:
         assert "has no stage 'trian'" in desk.type("resume", "tiny", *words, *more, code=2)
     assert "has no stage 'trian'" in desk.type("run", config, *words, code=2)
     assert desk.run.config_path.read_bytes() == before
+
+
+def test_a_dry_run_tells_what_it_would_change_in_a_run(desk: Desk, fake: FakeSlurm) -> None:
+    config = str(desk.config)
+    desk.type("submit", config, "--cluster", desk.own, "--stages", "train")
+    before = desk.run.config_path.read_bytes()
+    words = ["seed=8", "--stages", "report,train", "--dry-run"]  # in the order of the experiment all the same
+    said = desk.type("submit", config, "--cluster", desk.own, *words)
+    assert "would change  run 'tiny' has no checkpoint yet" in said and "seed (0 -> 8)" in said
+    assert said.index("tiny.train") < said.index("tiny.report")
+    assert desk.run.config_path.read_bytes() == before
