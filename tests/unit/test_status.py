@@ -121,6 +121,7 @@ def test_killed_run(run: RunFolder) -> None:
     assert table(run)["train"][0] == "killed"
 
 
+NO_ROOM = "ended for want of room on the disk"
 FULL = "cannot write 9 bytes to /x: the disk is full (0 bytes free); free some space or use another workspace"
 TIGHT = "stage 'train' needs about 2 B in /x, but only 1 B are free; free space (see `hpc-gen gc`), or lower keep_last"
 
@@ -128,9 +129,9 @@ TIGHT = "stage 'train' needs about 2 B in /x, but only 1 B are free; free space 
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
-        (FULL, "ended for want of room on the disk"),
-        (FULL.replace("the disk is full", "the disk quota is used up"), "ended for want of room on the disk"),
-        (TIGHT, "ended for want of room on the disk"),
+        (FULL, NO_ROOM),
+        (FULL.replace("the disk is full", "the disk quota is used up"), NO_ROOM),
+        (TIGHT, NO_ROOM),
         ("train.ranks=3 does not fit", "ended by a mistake in the command or config"),
     ],
 )
@@ -139,8 +140,8 @@ def test_a_full_disk_is_told_from_a_mistake(run: RunFolder, cause: str, words: s
     assert text(run).startswith(f"toy: train {words} ({cause})\n")
 
 
-@pytest.mark.parametrize("origin", ["forked_from", "imported", None])
-def test_a_fork_or_import_has_its_table(run: RunFolder, origin: str | None) -> None:
+@pytest.mark.parametrize("origin, words", [("forked_from", "forked from"), ("imported", "imported from"), ("", "")])
+def test_a_fork_or_import_has_its_table(run: RunFolder, origin: str, words: str) -> None:
     run.config_path.write_text(
         CONFIG.replace("table: tables/toy", "table: tables/toy, validation_table: tables/val")
         + "encode: {source: mnist, image_size: 8}\n"
@@ -153,17 +154,13 @@ def test_a_fork_or_import_has_its_table(run: RunFolder, origin: str | None) -> N
         path = run.checkpoints / f"{128:012d}" / "manifest.json"
         content = {**json.loads(path.read_text()), "facts": {"imported": {"file": "a.pth", "sha256": "c"}}}
         path.write_text(json.dumps(content))
-    told = {"forked_from": "forked from", "imported": "imported from"}
-    if origin is None:
-        assert table(run)["encode"] == ("waiting", "0 units", "", "", "")
-    else:
-        assert table(run)["encode"] == ("done", "", "", "", f"{told[origin]} where the table was there")
+    there = ("done", "", "", "", f"{words} where the table was there")
+    assert table(run)["encode"] == (there if origin else ("waiting", "0 units", "", "", ""))
 
 
 def test_a_lock_without_a_journal_is_of_training(run: RunFolder) -> None:
-    number = claim_attempt(run, "train")
-    Fence.take(run, number)
-    attempt_path(run, number).unlink()
+    Fence.take(run, claim_attempt(run, "train"))
+    attempt_path(run, 1).unlink()
     assert "running here: attempt 1 (train), process" in text(run)
 
 
@@ -180,12 +177,11 @@ def test_finished_run(run: RunFolder) -> None:
     assert text(run).startswith("toy: some stages are left; `hpc-gen resume` goes on\n")
     units(run, "sample", 2)
     units(run, "report", 1)
-    found = text(run)
-    assert found.startswith("toy: done\n")
+    assert text(run).startswith("toy: done\n")
     assert table(run)["train"] == ("done", "640 of 640 images", "", "2", "")
     assert table(run)["sample"] == ("done", "2 of 2 units", "", "1", "")
     assert status(run).over
-    assert "attempt 2    train from 128 images, 2 ranks, " in found
+    assert "attempt 2    train from 128 images, 2 ranks, " in text(run)
 
 
 def test_torn_checkpoint_is_named(run: RunFolder) -> None:
@@ -492,9 +488,8 @@ def test_preempt_elsewhere_writes_a_file(run: RunFolder, monkeypatch: pytest.Mon
     assert control.preempt(run, told.append, dry_run=True) and not run.preempt_file.exists()
     assert control.preempt(run, told.append)
     assert run.preempt_file.exists()
-    assert told[-1] == (
-        f"writing {run.preempt_file}: attempt {number} (train) runs on {lock['host']} and looks at it once a second"
-    )
+    where = f"attempt {number} (train) runs on {lock['host']}"
+    assert told[-1] == f"writing {run.preempt_file}: {where} and looks at it once a second"
 
 
 def test_reused_pid_gets_no_signal(run: RunFolder) -> None:
