@@ -138,8 +138,9 @@ class Dinov2Tokenizer:
     def on_device(self, pixels: Tensor) -> dict[str, Tensor]:
         """uint8 [N, 3, H, H] -> the columns of these images (not of their mirror images), on the network's device.
 
-        What `encode` gives: on a CPU to the bit, on a GPU to rounding, for there all images are one forward pass. An
-        autocast around it changes nothing. Values that are not finite are handed on: to look would wait for the device.
+        What `encode` gives: on a CPU with as many threads to the bit, on a GPU to rounding, for there all images are
+        one forward pass. An autocast around it changes nothing. Values that are not finite are handed on: to look would
+        wait for the device.
         """
         self._check_pixels(pixels)
         alone = self._device.type == "cpu"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from experiments import TABLE, Workspace
 from kl_vae_file import write_kl_vae
+from threads import one_thread
 from tiny_tokenizers import DINOV2, pixels, write_dinov2
 
 from hpc_gen.data.write import write_table
@@ -46,6 +47,7 @@ def make_space(path: Path, rows: int = 48) -> Workspace:
     images = pixels(rows, SIDE)
     generator = torch.Generator().manual_seed(1)
     latents = {f"latents{end}": torch.randn(rows, 2, 4, 4, generator=generator) for end in ("", "_flip")}
-    columns = {**latents, **encoder.encode(images), "pixels": images}
+    with one_thread():
+        columns = {**latents, **encoder.encode(images), "pixels": images}
     write_table(path / TABLE, columns, shard_rows=16, num_classes=0)
     return Workspace(path)
