@@ -172,7 +172,7 @@ def test_a_sweep_of_twelve_points_is_what_the_grid_says_whatever_happens(
     (gone,) = {path.name for path in folder.path.glob("samples/p*")} - set(eleven)
     assert not folder.metrics(gone).exists() and not (folder.samples(gone) / "index.json").exists()
     left = {path.name.partition("-")[0] for path in (folder.path / "cancelled").glob("*")}
-    assert left == {gone}, "another point was cancelled"
+    assert left <= {gone}, "another point was cancelled"  # empty where no task met its units after the line was gone
 
     # it comes back, and a line more: only what is missing of these two is submitted and done
     before = units_done(folder)
