@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpc_gen.config.experiment import Experiment
 from hpc_gen.data.crops import crop
-from hpc_gen.data.images import decode_image, to_pixels
+from hpc_gen.data.images import decode_image, images_below, to_pixels
 from hpc_gen.methods.gmem.bank import Interpolation, as_condition, interpolated
 from hpc_gen.methods.protocol import Method
 from hpc_gen.runtime import commit
@@ -33,7 +33,6 @@ from hpc_gen.stages.run_setup import load_run
 from hpc_gen.tokenizers.dinov2 import Dinov2Tokenizer
 from hpc_gen.training.checkpoint import read as checkpoints
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 GUIDED = {"guidance": {"scale": 7.75, "start": 0.89}}
 METHODS: tuple[Interpolation, ...] = ("linear", "spherical", "concat", "mask")
 SNIPPETS = "cls_tokens"
@@ -94,14 +93,6 @@ def open_studio(run: RunFolder, workspace: Path, settings: Mapping[str, Any], se
     encoder = snippet_encoder(experiment, workspace, device)
     side = experiment.encode.image_size if experiment.encode is not None else int(experiment.method["image_size"])
     return Studio(experiment, method, decoder, encoder, typed, side, seed)
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted by name. Raises UserError where there are none."""
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if not found:
-        raise UserError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); name a folder of images")
-    return found
 
 
 def cropped(path: Path, side: int) -> Tensor:

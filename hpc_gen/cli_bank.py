@@ -119,7 +119,9 @@ def bank_append(
         more = bank.open_bank(root / other)
     elif images is not None and config is not None:
         if dry_run:
-            found = len(bank_images.images_below(images))
+            from hpc_gen.data.images import images_below
+
+            found = len(images_below(images, deep=True))
             say(f"{root / target}: would write {opened.rows:,} rows and those of {found:,} images")
             return
         more = bank_images.snippets_of_images(config, root, images)
@@ -168,9 +170,10 @@ def knowledge_external(
     guidance.scale=4 points=20.
     """
     from eval_jobs import knowledge
+    from hpc_gen.data.images import images_below
 
     if dry_run:
-        found = knowledge.images_below(images)
+        found = images_below(images)
         say(f"{out}: would draw {each} pictures of each of {len(found)} images")
         return
     studio = knowledge.open_studio(run_of(run, workspace), workspace_of(workspace), _settings(overrides), seed)
@@ -195,9 +198,10 @@ def knowledge_internal(
 ) -> None:
     """Pictures between two images, a row per pair: the first, the pictures, the second."""
     from eval_jobs import knowledge
+    from hpc_gen.data.images import images_below
 
     if dry_run:
-        found = knowledge.images_below(first)
+        found = images_below(first)
         say(f"{out}: would draw {steps} pictures ({method}) between each of {len(found)} pairs")
         return
     studio = knowledge.open_studio(run_of(run, workspace), workspace_of(workspace), _settings(overrides), seed)

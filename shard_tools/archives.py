@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from hpc_gen.data.archive_ends import bytes_after_zip, first_byte_after_tar
+from hpc_gen.data.images import IMAGE_SUFFIXES
 from hpc_gen.runtime.errors import DataError, UserError, reason
-from shard_tools.split import IMAGE_SUFFIXES, SPLIT_NAMES, TRAIN, Source, Split
+from shard_tools.split import SPLIT_NAMES, TRAIN, Source, Split
 
 LISTING = "dataset.json"  # of an EDM zip: {"labels": [[name, number], ...]} or {"labels": null}
 

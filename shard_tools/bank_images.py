@@ -11,23 +11,14 @@ from pathlib import Path
 import torch
 
 from hpc_gen.config import loader
-from hpc_gen.data.images import decode_image
-from hpc_gen.runtime.errors import DataError, UserError
+from hpc_gen.data.images import decode_image, images_below
+from hpc_gen.runtime.errors import DataError
 from hpc_gen.runtime.progress import Progress
 from hpc_gen.stages.build import snippet_encoder
 from hpc_gen.stages.device import task_device
 from hpc_gen.training.precision import set_determinism
 from shard_tools.bank_rows import Loose, made_with
 from shard_tools.pixels import cut
-from shard_tools.split import IMAGE_SUFFIXES
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Image files at and below a folder, sorted. Raises UserError where there are none."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); name a folder of images")
-    return found
 
 
 def snippets_of_images(config: str, workspace: Path, folder: Path) -> Loose:
@@ -40,7 +31,7 @@ def snippets_of_images(config: str, workspace: Path, folder: Path) -> Loose:
     encode = experiment.encode
     encoder = snippet_encoder(experiment, workspace, task_device(0))
     assert encode is not None  # or there is no encoder
-    paths = images_below(folder)
+    paths = images_below(folder, deep=True)
     set_determinism(True, encode.threads)
     rows = []
     with Progress(len(paths), "encode") as progress:

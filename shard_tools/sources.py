@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from hpc_gen.data.images import WHITE, decode_image
+from hpc_gen.data.images import IMAGE_SUFFIXES, WHITE, decode_image
 from hpc_gen.runtime.errors import DataError, UserError, nearest
 from shard_tools.archives import open_edm_zip, open_tar
 from shard_tools.parquet import open_parquet
-from shard_tools.split import IMAGE_SUFFIXES, TRAIN, VALIDATION, Source, Split
+from shard_tools.split import TRAIN, VALIDATION, Source, Split
 
 MNIST_FILES = {
     TRAIN: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),

@@ -13,7 +13,6 @@ from hpc_gen.data.images import decode_image
 
 TRAIN, VALIDATION = "train", "validation"
 SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "val": VALIDATION}  # of folders, archives and files
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from hpc_gen.runtime.errors import DataError
+from hpc_gen.runtime.errors import DataError, UserError
 
 WHITE = (255, 255, 255)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _DEEP_MODES = (
     "I",
     "F",
@@ -42,6 +44,15 @@ def decode_image(data: bytes, background: Sequence[int] = WHITE) -> Image.Image:
         raise DataError("not a readable image (of no known format); replace the file or remove it") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors
         raise DataError(f"not a readable image ({error}); replace the file or remove it") from error
+
+
+def images_below(folder: Path, *, deep: bool = False) -> list[Path]:
+    """Image files in a folder, with `deep` also in those below it, sorted. Raises UserError where there are none."""
+    listed = folder.rglob("*") if deep else folder.glob("*")
+    found = sorted(path for path in listed if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not found:
+        raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); name a folder of images")
+    return found
 
 
 def to_rgb(image: Image.Image, background: Sequence[int] = WHITE) -> Image.Image:

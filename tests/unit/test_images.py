@@ -6,6 +6,7 @@ import hashlib
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -13,9 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from hpc_gen.data.images import center_crop, decode_image, normalize, resize, to_pixels, to_tensor_normalized
+from hpc_gen.data.images import (
+    center_crop,
+    decode_image,
+    images_below,
+    normalize,
+    resize,
+    to_pixels,
+    to_tensor_normalized,
+)
 from hpc_gen.data.statistics import ChannelSums
-from hpc_gen.runtime.errors import DataError
+from hpc_gen.runtime.errors import DataError, UserError
 
 PINNED = "d9e4584f441dc7d51e0b0f16a7ea9ddf3f89cf49f2d287ce5ba1a3321514b7bd"
 
@@ -154,3 +163,14 @@ def test_channel_sums_match_numpy_and_merge_exactly() -> None:
         ChannelSums.of(latents).mean_and_std()["std"], latents.double().transpose(0, 1).reshape(4, -1).numpy().std(1)
     )
     assert ChannelSums.of(torch.full((4, 1, 2), 7, dtype=torch.uint8)).mean_and_std() == {"mean": [7.0], "std": [0.0]}
+
+
+def test_images_below_a_folder_are_of_every_format_that_encode_reads(tmp_path: Path) -> None:
+    (tmp_path / "deep.png").mkdir()  # a folder is no image, whatever it is called
+    for name in ("b.gif", "a.BMP", "notes.txt", "deep.png/c.webp"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in images_below(tmp_path)] == ["a.BMP", "b.gif"]
+    assert [path.name for path in images_below(tmp_path, deep=True)] == ["a.BMP", "b.gif", "c.webp"]
+    for empty in (tmp_path / "none", tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match="holds no image"):
+            images_below(empty)
