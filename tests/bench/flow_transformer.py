@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from gpu.gmem_plain import heun_sde
 from measure import Table, by_turns
 from torch import Tensor
 from torch.nn import functional as F
@@ -144,7 +145,7 @@ def _sampling(quick: bool) -> Table:
 
     @torch.no_grad()
     def reference() -> None:
-        _double_calls(counted, x, points, noise)
+        heun_sde(counted, x, points, noise)
 
     @torch.no_grad()
     def one_by_one() -> None:
@@ -152,7 +153,7 @@ def _sampling(quick: bool) -> Table:
             alone = guided_velocity(
                 method.model, snippet[i : i + 1], torch.zeros(1, snippet.shape[1]), settings.guidance
             )
-            _double_calls(alone, x[i : i + 1], points, noise[:, i : i + 1])
+            heun_sde(alone, x[i : i + 1], points, noise[:, i : i + 1])
 
     evaluations = {}
     for name, action in (("hpc-gen", ours), ("two calls per drift, as the reference", reference)):
@@ -170,20 +171,3 @@ def _sampling(quick: bool) -> Table:
     for name, seconds in found.items():
         table.add(name, f"{evaluations[name]}", seconds.show("{:.2f}"), seconds.over(found["hpc-gen"]).show())
     return table
-
-
-def _double_calls(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, points: int, noise: Tensor) -> Tensor:
-    """The maths of the reference's sampler with the form `linear`, norm 1, and the last step `mean`."""
-    grid = torch.linspace(0, 1 - 0.004, points)
-    dt = grid[1] - grid[0]
-
-    def drift(x: Tensor, t: Tensor) -> Tensor:
-        t_B = t.expand(len(x))
-        score = (t * velocity(x, t_B) - x) / (1 - t)
-        return velocity(x, t_B) + (1 - t) * score
-
-    for k, t in enumerate(grid[:-1]):
-        x = x + (2 * (1 - t)).sqrt() * dt.sqrt() * noise[k]
-        first = drift(x, t)
-        x = x + dt * (first + drift(x + dt * first, t + dt)) / 2
-    return x + 0.004 * drift(x, grid[-1])

@@ -202,14 +202,19 @@ def training_step(model: PlainDiT, device: torch.device) -> Callable[[Mapping[st
 
 @torch.no_grad()
 def sampled(model: PlainDiT, x: Tensor, snippet: Tensor, points: int, noise: Tensor) -> Tensor:
-    """Heun's SDE with the form `linear` and the last step `mean`: two calls of the network per drift."""
+    """`heun_sde` of the network, without guidance."""
+    return heun_sde(lambda x, t_B: model(x, t_B, snippet, False)[0], x, points, noise)
+
+
+def heun_sde(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, points: int, noise: Tensor) -> Tensor:
+    """Heun's SDE with the form `linear`, norm 1 and the last step `mean`: two calls of the network per drift."""
     grid = torch.linspace(0, 1 - 0.004, points, device=x.device)
     dt = grid[1] - grid[0]
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         t_B = t.expand(len(x))
-        score = (t * model(x, t_B, snippet, False)[0] - x) / (1 - t)
-        return model(x, t_B, snippet, False)[0] + (1 - t) * score
+        score = (t * velocity(x, t_B) - x) / (1 - t)
+        return velocity(x, t_B) + (1 - t) * score
 
     for k, t in enumerate(grid[:-1]):
         x = x + (2 * (1 - t)).sqrt() * dt.sqrt() * noise[k]
