@@ -23,8 +23,8 @@ from hpc_gen.config.loader import Resolved
 from hpc_gen.runtime import clock, commit
 from hpc_gen.runtime.errors import UserError
 from hpc_gen.runtime.run_folder import RunFolder, check_name
-from slurm import grace, profiles, records, submission
-from slurm.batch import RUN_OF_ELEMENT, JobSpec, python_words, script
+from slurm import grace, preview, profiles, records, submission
+from slurm.batch import RUN_OF_ELEMENT, JobSpec, python_words
 from slurm.commands import Commands
 from slurm.executor import Executor
 from slurm.graph import StagePlan, plan_stages
@@ -281,8 +281,7 @@ def _submit_steps(
 def _record(step: Step, spec: JobSpec, job_id: str, element: int) -> JobRecord:
     if step.is_array_of_runs:
         return JobRecord(f"{job_id}_{element}", step.plan.stage, spec.name, [], spec.dependency)
-    tasks = [[task.task, task.num_tasks] for task in step.plan.tasks] if spec.array is not None else []
-    return JobRecord(job_id, step.plan.stage, spec.name, tasks, spec.dependency)
+    return submission.record_of(step.plan, spec, job_id)
 
 
 def show(
@@ -300,14 +299,11 @@ def show(
             number += 1
             spec = replace(planned, dependency=dependency(step, place, ids, job_id))
             job_id = f"JOB{number}"
-            say(script(spec, Executor(spec, commands)._submitit_command_str))
+            say(preview.text_of(spec, commands))
         ids.append(job_id)
     for step in steps:
         whose = ", ".join(run.name for run in step.runs)
         say(f"would submit  {step.plan.stage} of {whose}: {step.plan.words}")
-    if not commands.available():
-        say("not asked     Slurm is not on this machine, so nobody has checked whether it would take these jobs")
-        return
-    refuse_second([member.run for member in members], commands)
-    for line in submission.refuse_impossible([step.plan for step in _kinds(steps)], profile, commands):
-        say(f"Slurm says    {line}")
+    if preview.can_ask(commands, say):
+        refuse_second([member.run for member in members], commands)
+        preview.ask([step.plan for step in _kinds(steps)], profile, commands, say)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hpc_gen.runtime.run_folder import RunFolder
 from slurm import grace, submission
+from slurm.batch import JobSpec
 from slurm.commands import Commands
 from slurm.executor import Executor
 from slurm.graph import StagePlan
@@ -23,12 +24,28 @@ def show(
         say(f"would submit  {plan.stage}: {plan.words}")
         if plan.stage == TRAIN and run.exists():
             say(f"grace         {grace.sentence(run, profile.grace_s)}")
+    if can_ask(commands, say):
+        submission.refuse_second(run, commands)
+        ask(plans, profile, commands, say)
+
+
+def can_ask(commands: Commands, say: Callable[[str], None]) -> bool:
+    """Whether Slurm is here; says so where it is not."""
     if not commands.available():
         say("not asked     Slurm is not on this machine, so nobody has checked whether it would take these jobs")
-        return
-    submission.refuse_second(run, commands)
+    return commands.available()
+
+
+def ask(plans: Sequence[StagePlan], profile: ClusterProfile, commands: Commands, say: Callable[[str], None]) -> None:
+    """Say what Slurm would say to these jobs. Raises UserError for one that it would refuse."""
     for line in submission.refuse_impossible(plans, profile, commands):
         say(f"Slurm says    {line}")
+
+
+def text_of(spec: JobSpec, commands: Commands) -> str:
+    """The script of a job as sbatch would be given it."""
+    executor = Executor(spec, commands)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def scripts(plans: Sequence[StagePlan], commands: Commands) -> list[str]:
@@ -41,7 +58,6 @@ def scripts(plans: Sequence[StagePlan], commands: Commands) -> list[str]:
             dependency = f"{kind}:JOB{before}" if before is not None and place == 0 else None
             if place > 0:
                 dependency = "singleton"
-            executor = Executor(replace(spec, dependency=dependency), commands)
-            texts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
+            texts.append(text_of(replace(spec, dependency=dependency), commands))
         before = number
     return texts

@@ -77,8 +77,7 @@ def _submit_stage(
         spec = replace(spec, dependency=",".join(kinds) or None)
         handles = Executor(spec, commands).submit_tasks(plan.tasks)
         job_id = str(handles[0].job_id).partition("_")[0]
-        tasks = [[task.task, task.num_tasks] for task in plan.tasks] if spec.array is not None else []
-        job = JobRecord(job_id, plan.stage, spec.name, tasks, spec.dependency)
+        job = record_of(plan, spec, job_id)
         so_far = replace(so_far, jobs=[*so_far.jobs, job])
         records.write(run, [*earlier, so_far])
         after = f", after {before.job_id}" if before is not None and place == 0 else ""
@@ -86,6 +85,12 @@ def _submit_stage(
         if spec.chain_left is None:
             before = job
     return so_far
+
+
+def record_of(plan: StagePlan, spec: JobSpec, job_id: str) -> JobRecord:
+    """What is remembered of a submitted job."""
+    tasks = [[task.task, task.num_tasks] for task in plan.tasks] if spec.array is not None else []
+    return JobRecord(job_id, plan.stage, spec.name, tasks, spec.dependency)
 
 
 def refuse_second(run: RunFolder, commands: Commands, queue: Sequence[LiveJob] | None = None) -> None:
